@@ -1,0 +1,1 @@
+"""Differentially private flash attention for JAX."""

@@ -1,0 +1,123 @@
+"""Host checks of static values: a bad one is named, shown, and NaN always fails.
+
+Every check is written so that a comparison with NaN is a failure (`if not value >= low`), because
+a NaN that slips through a privacy parameter turns into less noise or an ε of zero.
+"""
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(f"Expected {name} to be a number, got the bool {value}.")
+    if type(value).__name__.endswith("Tracer"):
+        raise TypeError(
+            f"Expected {name} to be a static Python number, got a traced value. Privacy parameters "
+            "are fixed before tracing: pass it as a Python float, or mark it static in jit."
+        )
+    if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
+        raise TypeError(f"Expected {name} to be a number, got {value!r}.")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"Expected {name} to be a number, got {value!r}.") from error
+
+
+def _bounds(name: str, low: Any, high: Any, open_low: bool, open_high: bool) -> str:
+    parts = []
+    if low is not None:
+        parts.append(f"{name} {'>' if open_low else '>='} {low}")
+    if high is not None:
+        parts.append(f"{name} {'<' if open_high else '<='} {high}")
+    return " and ".join(parts) or f"a number {name}"
+
+
+def real(
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+    finite: bool = True,
+) -> float:
+    """The value as a float, or an error that names it and its range.
+
+    Args:
+      name: the argument's name as the caller wrote it.
+      value: a Python or NumPy number; never a bool, a traced value or an array.
+      low: smallest allowed value, excluded when `open_low`.
+      high: largest allowed value, excluded when `open_high`.
+      open_low: whether `low` itself is refused.
+      open_high: whether `high` itself is refused.
+      finite: whether infinities are refused.
+
+    Raises:
+      TypeError: if it is not a static number.
+      ValueError: if it is NaN or outside the range.
+
+    Example:
+      >>> real("delta", 1e-5, low=0, high=1)
+      1e-05
+    """
+    number = _number(name, value)
+    inside = not math.isnan(number)
+    if finite:
+        inside = inside and math.isfinite(number)
+    if low is not None:
+        inside = inside and (number > low if open_low else number >= low)
+    if high is not None:
+        inside = inside and (number < high if open_high else number <= high)
+    if not inside:
+        expected = _bounds(name, low, high, open_low, open_high)
+        raise ValueError(f"Expected {'finite ' if finite else ''}{expected}, got {number}.")
+    return number
+
+
+def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
+    """The value as an int, or an error that names it and its range.
+
+    Raises:
+      TypeError: if it is not a static whole number (bools and floats are refused).
+      ValueError: if it is outside the range.
+
+    Example:
+      >>> integer("steps", 3, low=0)
+      3
+    """
+    _number(name, value)
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"Expected {name} to be a whole number, got {value!r}.") from error
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError(f"Expected {_bounds(name, low, high, False, False)}, got {number}.")
+    return number
+
+
+def choice[T](name: str, value: T, allowed: Iterable[T]) -> T:
+    """The value if it is one of `allowed`.
+
+    Raises:
+      ValueError: otherwise, with the allowed values.
+    """
+    options = tuple(allowed)
+    if value not in options:
+        listed = ", ".join(repr(option) for option in options)
+        raise ValueError(f"Expected {name} to be one of {listed}, got {value!r}.")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """The value if it is a bool.
+
+    Raises:
+      TypeError: otherwise; a truthy number or array is not taken for an answer.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected {name} to be True or False, got {value!r}.")
+    return value
