@@ -1,0 +1,410 @@
+"""The one noise source: ChaCha bits and Box-Muller normals, addressed by global element index.
+
+Every backend computes the same words: the generator needs only add, xor and rotate on uint32, and
+the block that holds the noise of element (batch, head, row, column) is a fixed public function of
+that index, never of a tile, a chunk or a device. One block (16 words) serves 16 normals, so a
+kernel never computes one block per element.
+
+Addresses (the four counter words of a ChaCha block; RFC 8439, section 2.3):
+
+| word | matrix noise | one normal per row | bits, split, fold_in |
+| --- | --- | --- | --- |
+| 12 | row | row >> 4 | counter |
+| 13 | (column >> 6) << 2 or-ed with (column >> 1) & 3 | 0 | bit width, or 0 |
+| 14 | batch | batch | 0 |
+| 15 | domain << 24 or-ed with head | the same | domain << 24 |
+
+A matrix block therefore owns the columns 64c + 8j + 2t + {0, 1}, j = 0..7: word pair j gives the
+two normals of that column pair, which is what one thread of a tensor-core accumulator holds. A row
+block owns rows 16r + {0..15}: word pair j gives rows j and j + 8.
+
+What is promised: uniform words that nobody without the 256-bit key can tell from random, as far as
+is known for ChaCha with `ROUNDS` rounds; no library guarantee speaks about anything but ideal
+random bits. What is not: `jax.random.normal`, even on these keys, builds its normals from 23 bits;
+use `normal` from here.
+"""
+
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.random
+import jax.numpy as jnp
+from jax import lax
+
+from dpfa_jax import _check
+
+ROUNDS = 8
+"""Rounds of the generator, used everywhere. The best published attacks reach 7 of them."""
+
+RADIUS_BITS = 40
+"""Bits of the Box-Muller radius: the noise ends at √(2·40·ln 2) = 7.45 standard deviations."""
+
+Words = tuple[jax.Array, ...]
+
+_CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
+_MATRIX, _ROW, _BITS, _SPLIT, _FOLD, _SEED, _EXPAND = range(1, 8)
+_MAX_HEADS = 1 << 24
+
+
+def _rotate(word: jax.Array, bits: int) -> jax.Array:
+    return (word << bits) | (word >> (32 - bits))
+
+
+def _quarter_round(a, b, c, d):
+    a = a + b
+    d = _rotate(d ^ a, 16)
+    c = c + d
+    b = _rotate(b ^ c, 12)
+    a = a + b
+    d = _rotate(d ^ a, 8)
+    c = c + d
+    b = _rotate(b ^ c, 7)
+    return a, b, c, d
+
+
+def _double_round(state: Words) -> Words:
+    x = list(state)
+    for column in range(4):
+        i, j, k, m = (column + 4 * row for row in range(4))
+        x[i], x[j], x[k], x[m] = _quarter_round(x[i], x[j], x[k], x[m])
+    for column in range(4):
+        i, j, k, m = (4 * row + (column + row) % 4 for row in range(4))
+        x[i], x[j], x[k], x[m] = _quarter_round(x[i], x[j], x[k], x[m])
+    return tuple(x)
+
+
+def chacha_block(
+    key: Words, address: Words, *, rounds: int = ROUNDS, unroll: bool = False
+) -> Words:
+    """One ChaCha block per address, as 16 arrays of uint32 words.
+
+    Args:
+      key: eight uint32 arrays (or scalars), the 256-bit key.
+      address: four uint32 arrays, words 12 to 15 of the state; all eight and four broadcast.
+      rounds: 8, 12 or 20.
+      unroll: whether the rounds are unrolled, as a kernel wants; unrolled outside a kernel they
+        cost minutes of compile time.
+
+    Returns:
+      Sixteen uint32 arrays of the common shape.
+
+    Source: RFC 8439, section 2.3 (20 rounds); Bernstein 2008 for 8 and 12.
+    """
+    _check.choice("rounds", rounds, (8, 12, 20))
+    shape = jnp.broadcast_shapes(*(jnp.shape(word) for word in (*key, *address)))
+    initial = tuple(
+        jnp.broadcast_to(jnp.asarray(word, jnp.uint32), shape)
+        for word in (*(jnp.uint32(c) for c in _CONSTANTS), *key, *address)
+    )
+    if unroll:
+        state = initial
+        for _ in range(rounds // 2):
+            state = _double_round(state)
+    else:
+        # A broadcast constant does not vary over a manual mesh axis and the loop's result does.
+        token = sum((word ^ word for word in initial[4:]), jnp.zeros(shape, jnp.uint32))
+        state = tuple(word + token for word in initial)
+        state = lax.fori_loop(0, rounds // 2, lambda _, words: _double_round(words), state)
+    return tuple(a + b for a, b in zip(state, initial, strict=True))
+
+
+def normal_pair(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two float32 standard normals from two uint32 words: 40 bits of radius, 24 of angle.
+
+    The radius is √(−2 ln u), u = (n + ½)/2⁴⁰ with n = first·2⁸ + (second >> 24), computed from the
+    smaller of u and 1 − u. Otherwise float32 rounds every u > 1 − 2⁻²⁵ to 1, and with probability
+    2⁻²⁵ a pair gets no noise at all.
+
+    Source: Box and Muller 1958.
+    """
+    upper = lax.shift_right_arithmetic(lax.bitcast_convert_type(first, jnp.int32), jnp.int32(31))
+    flip = lax.bitcast_convert_type(upper, jnp.uint32)  # all ones where u > 1/2
+    high = lax.bitcast_convert_type(first ^ flip, jnp.int32)
+    low = lax.bitcast_convert_type((second ^ flip) >> 24, jnp.int32)
+    small = (high.astype(jnp.float32) * 256.0 + (low.astype(jnp.float32) + 0.5)) * 2.0**-40
+    flipped = upper != 0
+    # −ln(1 − x) by its series where log(1 − x) would lose the digits of x: x < 1/64.
+    series = small * (1.0 + small * (0.5 + small * (1.0 / 3.0 + small * 0.25)))
+    logarithm = -jnp.log(jnp.where(flipped, 1.0 - small, small))
+    radius = jnp.sqrt(2.0 * jnp.where(flipped & (small < 1.0 / 64.0), series, logarithm))
+    turn = lax.shift_right_arithmetic(
+        lax.bitcast_convert_type(second << 8, jnp.int32), jnp.int32(8)
+    )
+    # i + ½ with −2²³ ≤ i < 2²³ is exact in float32; an unsigned angle would round its last bit.
+    angle = (turn.astype(jnp.float32) + 0.5) * (2.0 * math.pi / 2.0**24)
+    return radius * jnp.cos(angle), radius * jnp.sin(angle)
+
+
+def _key_words(data: jax.Array) -> Words:
+    return tuple(data[..., i] for i in range(8))
+
+
+def _u32(x) -> jax.Array:
+    return jnp.asarray(x, jnp.uint32)
+
+
+def _address(first, second, third, domain: int, head=0) -> Words:
+    tagged = (jnp.uint32(domain) << 24) | _u32(head)
+    return (_u32(first), _u32(second), _u32(third), tagged)
+
+
+def matrix_normals(
+    data: jax.Array, batch: jax.Array, head: jax.Array, row: jax.Array, columns: int
+) -> jax.Array:
+    """The normals of whole rows: element (batch, head, row, column) of the noise field.
+
+    Args:
+      data: uint32[8] key data (`key_data`).
+      batch: global batch indices, any integer shape that broadcasts with `head` and `row`.
+      head: global head indices, < 2²⁴.
+      row: global row indices.
+      columns: number of columns, from column 0.
+
+    Returns:
+      float32 array of the broadcast shape with one more axis of length `columns`.
+    """
+    chunks = -(-columns // 64)
+    # A narrow matrix needs only the first blocks and word pairs of its one chunk.
+    lanes = min(4, -(-columns // 2))
+    pairs = 8 if chunks > 1 else -(-columns // 8)
+    block = jnp.arange(4 * chunks, dtype=jnp.uint32).reshape(chunks, 4)[:, :lanes].reshape(-1)
+    place = (_u32(row)[..., None], block, _u32(batch)[..., None])
+    words = chacha_block(_key_words(data), _address(*place, _MATRIX, _u32(head)[..., None]))
+    drawn = [jnp.stack(normal_pair(words[2 * j], words[2 * j + 1]), -1) for j in range(pairs)]
+    noise = jnp.stack(drawn, -2)  # (..., chunks × lanes, j, 2)
+    noise = noise.reshape(*noise.shape[:-3], chunks, lanes, pairs, 2)
+    noise = jnp.swapaxes(noise, -3, -2)
+    return noise.reshape(*noise.shape[:-4], chunks * pairs * lanes * 2)[..., :columns]
+
+
+def row_normals(data: jax.Array, batch: jax.Array, head: jax.Array, rows: int) -> jax.Array:
+    """One normal per row: element (batch, head, row) of a noise field apart from the matrix one.
+
+    Args:
+      data: uint32[8] key data (`key_data`).
+      batch: global batch indices, any shape that broadcasts with `head`.
+      head: global head indices, < 2²⁴.
+      rows: number of rows, from row 0.
+
+    Returns:
+      float32 array of the broadcast shape with one more axis of length `rows`.
+    """
+    blocks = -(-rows // 16)
+    block = jnp.arange(blocks, dtype=jnp.uint32)
+    words = chacha_block(
+        _key_words(data),
+        _address(block, 0, _u32(batch)[..., None], _ROW, _u32(head)[..., None]),
+    )
+    pairs = [jnp.stack(normal_pair(words[2 * j], words[2 * j + 1]), -1) for j in range(8)]
+    noise = jnp.swapaxes(jnp.stack(pairs, -2), -1, -2)  # (..., blocks, parity, j)
+    return noise.reshape(*noise.shape[:-3], 16 * blocks)[..., :rows]
+
+
+def _first_words(words: Words) -> jax.Array:
+    return jnp.stack(words[:8], axis=-1)
+
+
+def _seed(seed: jax.Array) -> jax.Array:
+    wide = seed.dtype.itemsize == 8
+    low = (seed & 0xFFFFFFFF if wide else seed).astype(jnp.uint32)
+    high = lax.shift_right_logical(seed, jnp.asarray(32, seed.dtype)) if wide else 0
+    zeros = (jnp.uint32(0),) * 6
+    return _first_words(chacha_block((low, _u32(high), *zeros), _address(0, 0, 0, _SEED)))
+
+
+def _split(data: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    counter = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    return _first_words(chacha_block(_key_words(data), _address(counter, 0, 0, _SPLIT)))
+
+
+def fold_in_data(data: jax.Array, message: jax.Array) -> jax.Array:
+    """Key data derived from key data for one uint32 message (`fold_in` below the key type)."""
+    return _first_words(chacha_block(_key_words(data), _address(message, 0, 0, _FOLD)))
+
+
+def _random_bits(data: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
+    size = math.prod(shape)
+    count = 2 * size if bit_width == 64 else size
+    if count >= 1 << 36:
+        raise ValueError(f"Expected fewer than 2**36 random words, got {count}. Split the key.")
+    block = jnp.arange(-(-count // 16), dtype=jnp.uint32)
+    words = chacha_block(_key_words(data), _address(block, bit_width, 0, _BITS))
+    flat = jnp.stack(words, -1).reshape(-1)[:count]
+    if bit_width == 64:
+        pairs = flat.reshape(size, 2).astype(jnp.uint64)
+        flat = pairs[:, 0] | (pairs[:, 1] << jnp.uint64(32))
+    return flat.astype(f"uint{bit_width}").reshape(shape)
+
+
+IMPL = jax.extend.random.define_prng_impl(
+    key_shape=(8,),
+    seed=_seed,
+    split=_split,
+    random_bits=_random_bits,
+    fold_in=fold_in_data,
+    name=f"dpfa_chacha{ROUNDS}",
+    tag=f"cc{ROUNDS}",
+)
+"""The JAX PRNG implementation: `jax.random.key(seed, impl=IMPL)`, and all of `jax.random` on it."""
+
+_REFUSAL = (
+    "Expected rng to be a typed JAX key, got {got}. Pass dpfa_jax.random.secure_key() (256 bits "
+    "from the operating system), or jax.random.key(seed) where reproducibility matters more than "
+    "secrecy; {hint}"
+)
+
+
+def _typed(rng: Any) -> jax.Array:
+    if isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        if rng.ndim:
+            raise ValueError(
+                f"Expected rng to be one key, got an array of keys of shape {rng.shape}. Use "
+                "jax.vmap to map over keys, or pass rng[0]."
+            )
+        return rng
+    if isinstance(rng, int) and not isinstance(rng, bool):
+        hint = "a bare int is a 32-bit secret at best, and everybody guesses 0."
+        raise TypeError(_REFUSAL.format(got=f"the int {rng}", hint=hint))
+    if hasattr(rng, "dtype") and hasattr(rng, "shape"):
+        hint = "a legacy uint32 key becomes one by jax.random.wrap_key_data(rng)."
+        raise TypeError(_REFUSAL.format(got=f"a {rng.dtype} array of shape {rng.shape}", hint=hint))
+    hint = "there is no default key."
+    raise TypeError(_REFUSAL.format(got=repr(rng), hint=hint))
+
+
+def key_data(rng: jax.Array) -> jax.Array:
+    """The 256-bit key behind a typed JAX key, as uint32[8].
+
+    Keys of this library's implementation give their data. Any other typed key is expanded: the
+    result is a function of its words, so it holds no more entropy than they do: 64 bits for
+    threefry keys, 128 for rbg and philox4x32 ones, and 32 for any of them made from a Python int
+    while 64-bit mode is off.
+
+    Args:
+      rng: one typed key; ints and legacy uint32 arrays are refused.
+
+    Returns:
+      uint32[8]. It is as secret as the noise.
+
+    Raises:
+      TypeError: for anything but a typed key.
+      ValueError: for an array of keys.
+    """
+    rng = _typed(rng)
+    data = jax.random.key_data(rng)
+    impl = jax.random.key_impl(rng)
+    if impl == IMPL or str(impl) == str(IMPL):
+        return data
+    words = data.reshape(-1).astype(jnp.uint32)
+    if words.shape[0] > 8:
+        raise TypeError(f"Expected a key of at most 256 bits, got {32 * words.shape[0]} ({impl}).")
+    padded = jnp.concatenate([words, jnp.zeros(8 - words.shape[0], jnp.uint32)])
+    name = zlib.crc32(str(impl).encode())
+    address = _address(name, words.shape[0], 0, _EXPAND)
+    return _first_words(chacha_block(_key_words(padded), address))
+
+
+def wrap_key_data(data: jax.Array) -> jax.Array:
+    """The typed key of this library's implementation with the given uint32[8] data.
+
+    Checkpoints hold key data, since a key of a custom implementation can be saved but not
+    restored; this is the way back.
+
+    Args:
+      data: uint32[..., 8].
+    """
+    return jax.random.wrap_key_data(data, impl=IMPL)
+
+
+def secure_key() -> jax.Array:
+    """A new key with 256 bits from the operating system's generator.
+
+    Raises:
+      RuntimeError: inside `jit` or another transformation, where the key would become a constant
+        of the compiled function and the same noise would come out of every call.
+    """
+    words = [int.from_bytes(os.urandom(4), "little") for _ in range(8)]
+    key = wrap_key_data(jnp.array(words, jnp.uint32))
+    if isinstance(key, jax.core.Tracer):
+        raise RuntimeError(
+            "secure_key() was called while tracing: the compiled function would use this one key "
+            "for ever. Make the key outside and pass it in as an argument."
+        )
+    return key
+
+
+def split(rng: jax.Array, num: int | Sequence[int] = 2) -> jax.Array:
+    """New independent typed keys of this library's implementation.
+
+    Args:
+      rng: one typed key.
+      num: how many, or the shape of the array of keys.
+    """
+    shape = (num,) if isinstance(num, int) else tuple(num)
+    return wrap_key_data(_split(key_data(rng), shape))
+
+
+def fold_in(rng: jax.Array, data: Any) -> jax.Array:
+    """The key derived from `rng` for the 32-bit integer `data`, of this library's implementation.
+
+    Args:
+      rng: one typed key.
+      data: an integer scalar, taken modulo 2³²; may be traced.
+    """
+    return wrap_key_data(fold_in_data(key_data(rng), _u32(data)))
+
+
+def bits(rng: jax.Array, shape: Sequence[int] = ()) -> jax.Array:
+    """Uniform uint32 words of the given shape.
+
+    Args:
+      rng: one typed key; never one that also draws noise through another function's `rng`.
+      shape: of the result.
+    """
+    return _random_bits(key_data(rng), 32, tuple(shape))
+
+
+def normal(rng: jax.Array, shape: Sequence[int] = (), dtype: Any = jnp.float32) -> jax.Array:
+    """Standard normals from 64 bits a pair, element (row, column) addressed by its index.
+
+    Computed in float32. The distribution ends at 7.45 standard deviations; what that costs is
+    charged to δ by the accountant (`accounting/gdp.md`). Adding float32 noise to float32 data is
+    not the real-valued mechanism: see `mechanisms.md`.
+
+    Args:
+      rng: one typed key. The same key gives the same normals on every backend.
+      shape: the last axis is the column, the one before it the row, all others count batches.
+      dtype: float32, or float16 or bfloat16 to round the result.
+
+    Returns:
+      An array of the given shape and dtype.
+
+    Raises:
+      ValueError: for another dtype.
+
+    Example:
+      >>> import jax
+      >>> normal(jax.random.key(0), (2, 3)).shape
+      (2, 3)
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
+        raise ValueError(
+            f"Expected dtype float32, float16 or bfloat16, got {dtype}. The normals carry float32 "
+            "precision; cast them yourself if you need a wider type."
+        )
+    shape = tuple(shape)
+    padded = (1,) * (2 - len(shape)) + shape
+    *lead, rows, columns = padded
+    batches = math.prod(lead)
+    if batches >= 1 << 32 or rows >= 1 << 32:
+        raise ValueError(f"Expected fewer than 2**32 rows and batches, got shape {shape}.")
+    if math.prod(shape) == 0:
+        return jnp.zeros(shape, dtype)
+    batch = jnp.arange(batches, dtype=jnp.uint32)[:, None]
+    row = jnp.arange(rows, dtype=jnp.uint32)
+    return matrix_normals(key_data(rng), batch, _u32(0), row, columns).reshape(shape).astype(dtype)
