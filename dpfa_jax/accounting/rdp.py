@@ -1,0 +1,189 @@
+"""Rényi divergences of single releases, as curves over the order.
+
+Every function maps orders to the RDP of one release. Curves of releases of the same data add, order
+by order, also when later releases depend on earlier outputs. Host float64.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dpfa_jax import _check
+
+Curve = NDArray[np.float64]
+
+DEFAULT_ORDERS: Curve = np.concatenate(
+    [1.0 + np.logspace(-3.0, 0.0, 40, endpoint=False), np.logspace(math.log10(2.0), 6.0, 120)]
+)
+"""Orders to start a search from: 1.001 to 1e6, denser where small δ and large ε need it."""
+
+
+def check_orders(orders: ArrayLike) -> Curve:
+    """The orders as a float64 array with at least one axis.
+
+    Raises:
+      ValueError: if one is NaN, infinite or at most 1, or if there are none.
+    """
+    array = np.atleast_1d(np.asarray(orders, dtype=np.float64))
+    if array.size == 0:
+        raise ValueError("Expected at least one order, got an empty array.")
+    bad = ~((array > 1.0) & np.isfinite(array))
+    if bad.any():
+        raise ValueError(f"Expected finite orders > 1, got {array[bad][0]}.")
+    return array
+
+
+def _remainder(x: Any) -> Curve:
+    """e^x − 1 − x ≥ 0 without cancellation near 0; +∞ where it overflows."""
+    x = np.asarray(x, dtype=np.float64)
+    small = np.abs(x) < 0.5
+    near = np.where(small, x, 0.0)
+    series = np.ones_like(near)
+    for k in range(18, 2, -1):
+        series = 1.0 + near / k * series
+    with np.errstate(over="ignore"):
+        return np.where(small, 0.5 * near * near * series, np.expm1(x) - x)
+
+
+def gaussian(noise_multiplier: float, orders: ArrayLike) -> Curve:
+    """RDP of the Gaussian mechanism: α/(2·noise_multiplier²).
+
+    Args:
+      noise_multiplier: σ/Δ₂, ≥ 0; 0 costs ∞.
+      orders: > 1.
+
+    Returns:
+      Equality, one value per order.
+
+    Guarantee: R1 (rdp.md).
+    Source: Mironov 2017, arXiv:1702.07476, Proposition 7.
+
+    Example:
+      >>> gaussian(2.0, [2.0, 8.0]).tolist()
+      [0.25, 1.0]
+    """
+    multiplier = _check.real("noise_multiplier", noise_multiplier, low=0)
+    return zcdp(_zcdp_of_gaussian(multiplier), orders)
+
+
+def _zcdp_of_gaussian(noise_multiplier: float) -> float:
+    square = 2.0 * noise_multiplier * noise_multiplier
+    return math.inf if square == 0.0 else 1.0 / square
+
+
+def discrete_gaussian(noise_multiplier: float, orders: ArrayLike) -> Curve:
+    """RDP bound of the discrete Gaussian mechanism: α/(2·noise_multiplier²).
+
+    Args:
+      noise_multiplier: s/Δ₂ on the integer lattice, ≥ 0; 0 costs ∞.
+      orders: > 1.
+
+    Returns:
+      Upper bound (reached up to e^(−2π²s²) for wide noise), one value per order.
+
+    Guarantee: R3 (rdp.md).
+    Source: Canonne, Kamath and Steinke 2020, arXiv:2004.00010, Theorem 4.
+    """
+    return gaussian(noise_multiplier, orders)
+
+
+def zcdp(rho: float, orders: ArrayLike) -> Curve:
+    """RDP of a ρ-zCDP release: α·ρ.
+
+    Args:
+      rho: in [0, ∞].
+      orders: > 1.
+
+    Returns:
+      The bound that zCDP means, one value per order.
+
+    Source: Bun and Steinke 2016, arXiv:1605.02065, Definition 1.1.
+    """
+    rho = _check.real("rho", rho, low=0, finite=False)
+    return check_orders(orders) * rho
+
+
+def laplace(noise_multiplier: float, orders: ArrayLike) -> Curve:
+    """RDP of the Laplace mechanism on vectors of L1 sensitivity Δ₁.
+
+    ln(α/(2α−1)·e^((α−1)x) + (α−1)/(2α−1)·e^(−αx))/(α−1) with x = 1/noise_multiplier.
+
+    Args:
+      noise_multiplier: b/Δ₁, ≥ 0; 0 costs ∞.
+      orders: > 1.
+
+    Returns:
+      Equality for one coordinate, upper bound for several, one value per order.
+
+    Guarantee: R2 (rdp.md).
+    Source: Mironov 2017, arXiv:1702.07476, Proposition 6.
+
+    Example:
+      >>> laplace(1.0, 2.0).round(6).tolist()
+      [0.619149]
+    """
+    multiplier = _check.real("noise_multiplier", noise_multiplier, low=0)
+    orders = check_orders(orders)
+    if multiplier == 0.0 or 1.0 / multiplier == math.inf:
+        return np.full(orders.shape, math.inf)
+    x = 1.0 / multiplier
+    with np.errstate(over="ignore"):
+        up, down = (orders - 1.0) * x, -orders * x
+        # The first-order terms of both exponentials cancel exactly.
+        excess = (orders * _remainder(up) + (orders - 1.0) * _remainder(down)) / (2.0 * orders - 1)
+        logarithm = np.log1p(excess)
+    # Beyond e^30 the second exponential and both −1 are below half an ulp of the first.
+    far = up + np.log(orders) - np.log(2.0 * orders - 1.0) + 1e-13
+    logarithm = np.where(up > 30.0, far, logarithm)
+    return np.minimum(logarithm / (orders - 1.0), x)
+
+
+def randomized_response(epsilon: float, orders: ArrayLike) -> Curve:
+    """RDP of the extreme (ε, 0)-DP release: randomized response on two answers.
+
+    ln(p^α(1−p)^(1−α) + (1−p)^α p^(1−α))/(α−1) with p = 1/(1+e^(−ε)).
+
+    Args:
+      epsilon: in [0, ∞].
+      orders: > 1.
+
+    Returns:
+      Equality for randomized response, upper bound for every (ε, 0)-DP release; at most ε.
+
+    Guarantee: R4 (rdp.md).
+    Source: Mironov 2017, arXiv:1702.07476, Proposition 5.
+
+    Example:
+      >>> randomized_response(1.0, [2.0, 1e5]).round(4).tolist()
+      [0.7353, 1.0]
+    """
+    epsilon = _check.real("epsilon", epsilon, low=0, finite=False)
+    orders = check_orders(orders)
+    if epsilon == math.inf:
+        return np.full(orders.shape, math.inf)
+    with np.errstate(over="ignore"):
+        up = (orders - 1.0) * epsilon
+        share = 1.0 / (1.0 + math.exp(-epsilon))
+        excess = share * _remainder(up) + (1.0 - share) * _remainder(-up)
+        logarithm = np.log1p(excess + math.tanh(0.5 * epsilon) * up)
+    far = up - math.log1p(math.exp(-epsilon)) + 1e-13  # the other term is below half an ulp
+    logarithm = np.where(up > 30.0, far, logarithm)
+    return np.minimum(logarithm / (orders - 1.0), epsilon)
+
+
+def exponential(epsilon: float, rho: float, orders: ArrayLike) -> Curve:
+    """RDP of a release that is both (ε, 0)-DP and ρ-zCDP, as sampled attention is (S8).
+
+    Args:
+      epsilon: in [0, ∞].
+      rho: in [0, ∞].
+      orders: > 1.
+
+    Returns:
+      Upper bound: the smaller of αρ and the curve of randomized response at ε.
+
+    Guarantee: R4 (rdp.md).
+    """
+    return np.minimum(zcdp(rho, orders), randomized_response(epsilon, orders))
