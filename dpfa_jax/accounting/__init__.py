@@ -17,3 +17,5 @@ from dpfa_jax.accounting.event import Laplace as Laplace
 from dpfa_jax.accounting.event import NonPrivate as NonPrivate
 from dpfa_jax.accounting.event import NoRelease as NoRelease
 from dpfa_jax.accounting.event import Repeated as Repeated
+from dpfa_jax.accounting.state import Ledger as Ledger
+from dpfa_jax.accounting.trace import events as events
