@@ -1,9 +1,10 @@
 """Two JAX primitives that keep noise and accounts right under transformations.
 
-`stream_key` (on key data of shape (..., 8)): the key of one call. Under `vmap` an unbatched key would give every example the same
-noise, and the difference of two outputs would cancel it. This primitive sees the call's operands:
-when any of them is batched and the key is not, it folds the example's index into the key. A key
-that is itself batched is taken as it is, so `vmap` over split keys equals a loop over them.
+`stream_key`, on key data of shape (..., 8): the key of one call. Under `vmap` an unbatched key
+would give every example the same noise, and the difference of two outputs would cancel it. This
+primitive sees the call's operands: when any of them is batched and the key is not, it folds the
+example's index into the key. A key that is itself batched is taken as it is, so `vmap` over split
+keys equals a loop over them.
 
 `private_release`: the identity, with the event that the value is charged as, so that
 `accounting.events` finds the releases in a jaxpr and knows how often each happens.
@@ -61,6 +62,21 @@ def varying(value: Any) -> frozenset:
 def manual_axes() -> tuple[str, ...]:
     """Names of the mesh axes over which the code being traced runs once per shard."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def vary_alike(*values: Any) -> tuple:
+    """The values, each marked as varying over every manual mesh axis over which any of them does.
+
+    Loops and custom derivatives inside `shard_map` want operands that vary alike; the transpose of
+    the mark is the sum over shards that a replicated operand's gradient needs.
+    """
+    axes = frozenset().union(*(varying(x) for x in values if x is not None))
+
+    def mark(value):
+        missing = () if value is None else tuple(sorted(axes - varying(value)))
+        return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+    return tuple(mark(value) for value in values)
 
 
 def stream_key(data: jax.Array, *operands: jax.Array) -> jax.Array:

@@ -1,0 +1,78 @@
+"""Shapes that layers agree on: one attention call's operands and its static description.
+
+Axes as in `jax.nn.dot_product_attention`: B batch, T queries, S keys, N query heads, K key/value
+heads, H query and key width, h value width. The key batch is B, or 1 for one memory that all
+queries of the batch read.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Operands(NamedTuple):
+    """The arrays of one fused call, already sanitised: every entry is finite or −∞ where said.
+
+    Attributes:
+      query: (B, T, N, H).
+      key: (B or 1, S, K, H).
+      value: (B or 1, S, K, h).
+      log_weights: (B or 1, S, K) float32 ≤ 0, logarithm of the record weights; −∞ is NULL.
+      mask: boolean, broadcasts to (B, N, T, S); True attends. Or None.
+      query_segments: (B, T) int32, or None.
+      key_segments: (B or 1, S) int32, or None.
+      key_lengths: (B,) int32: keys at positions ≥ the length are masked. Or None.
+      query_reference: (B, T, N) float32 public references τ_i that cap nothing, in place of
+        `Spec.score_cap`; or None.
+      noise_key: uint32[8] key data, or None without noise.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    log_weights: Any
+    mask: Any = None
+    query_segments: Any = None
+    key_segments: Any = None
+    key_lengths: Any = None
+    query_reference: Any = None
+    noise_key: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a backend computes, as numbers; it knows nothing of privacy.
+
+    Weights are w_ij = exp(l_ij + log_weights_j), l_ij = min(s_ij, score_cap) − score_cap with
+    s_ij = scale·⟨q_i, k_j⟩. Without a cap the reference is the largest score of the query's row
+    (the plain softmax). The answer is N/max(D, floor), N = Σ w_ij v_j, D = Σ w_ij.
+
+    Attributes:
+      scale: factor of the scores.
+      score_cap: public reference τ and cap, or None for the running maximum.
+      score_low: scores are raised to at least this, or None.
+      is_causal: query i sees keys j ≤ i.
+      window: (left, right): query i sees i − left ≤ j ≤ i + right, or None.
+      noise: "none", "sums" (added to N and D before the ratio), or "rows" (added to the answer).
+      noise_std: standard deviation of the noise of N, or of the answer.
+      denominator_std: standard deviation of the noise of D; math.inf says that D is not released
+        and the answer is N/floor.
+      floor: smallest denominator, > 0.
+      ball: the answer is projected to this norm, or None.
+      row_clip: the answer's rows are clipped to this norm before "rows" noise, or None.
+      precision: of the score product, as `jax.lax` takes it.
+    """
+
+    scale: float
+    score_cap: float | None
+    score_low: float | None = None
+    is_causal: bool = False
+    window: tuple[int, int] | None = None
+    noise: str = "none"
+    noise_std: float = 0.0
+    denominator_std: float = 0.0
+    floor: float = 1e-30
+    ball: float | None = None
+    row_clip: float | None = None
+    precision: Any = jax.lax.Precision.HIGHEST
