@@ -25,6 +25,8 @@ class Operands(NamedTuple):
       key_lengths: (B,) int32: keys at positions ≥ the length are masked. Or None.
       query_reference: (B, T, N) float32 public references τ_i that cap nothing, in place of
         `Spec.score_cap`; or None.
+      base_log_weights: (B or 1, S, K) float32 ≤ 0: `log_weights` without the record weights that
+        a Gaussian process makes itself; None elsewhere.
       noise_key: uint32[8] key data, or None without noise.
     """
 
@@ -37,6 +39,7 @@ class Operands(NamedTuple):
     key_segments: Any = None
     key_lengths: Any = None
     query_reference: Any = None
+    base_log_weights: Any = None
     noise_key: Any = None
 
 

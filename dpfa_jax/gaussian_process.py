@@ -11,6 +11,7 @@ has norm u_j‖a_j‖ ≤ C in the process's own norm and the noise has covarian
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -19,6 +20,7 @@ from jax import lax
 
 from dpfa_jax import _primitives, clipping, random
 from dpfa_jax._typing import Operands
+from dpfa_jax.doubleword import add_word
 
 MAX_SQUARE = 1e4
 """Rows with γ‖row‖² beyond this are NULL (keys) or answered with NaN (queries): float64 would
@@ -162,12 +164,12 @@ def sums(
         )
         weights = jnp.where(visible, jnp.exp(bounded), 0.0)
         part = jnp.einsum("...mn,...nh->...mh", weights, value, precision=lax.Precision.HIGHEST)
-        return total + part, None
+        return add_word(*total, part), None
 
     start = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
     (start, *_) = _primitives.vary_alike(start, query, key, value, log_weights)
-    total, _ = lax.scan(step, start, (parts, segments))
-    return total
+    (high, low), _ = lax.scan(step, (start, start), (parts, segments))
+    return high + low
 
 
 def _by_memory(array: jax.Array, kv_heads: int, memories: int) -> jax.Array:
@@ -186,12 +188,12 @@ def _by_query(array: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return jnp.moveaxis(array, 1, 3).reshape(batch, length, heads, *rest)
 
 
+@functools.partial(jax.jit, static_argnames="process")
 def forward(operands: Operands, process: Process) -> tuple[jax.Array, jax.Array]:
     """Noisy sums of one call, rounded to float32 after the noise: (N, D) in unit-diagonal form.
 
     Args:
-      operands: sanitised arrays; `log_weights` holds masks of the keys only (0 or −∞, and public
-        or row-local weights ≤ 0), never the record weights, which are made here.
+      operands: sanitised arrays; reads `base_log_weights`, and makes the record weights itself.
       process: the parameters.
 
     Returns:
@@ -217,7 +219,7 @@ def forward(operands: Operands, process: Process) -> tuple[jax.Array, jax.Array]
         usable = squares(query, process.gamma) <= MAX_SQUARE
         query = jnp.where(usable[..., None], query, 0.0)
         log_weights = log_record_weights(key, value, process)
-        log_weights += jnp.swapaxes(operands.log_weights.astype(wide), 1, 2)
+        log_weights += jnp.swapaxes(operands.base_log_weights.astype(wide), 1, 2)
         gram = kernel(query, query, process.gamma)
         same = None
         if operands.query_segments is not None:

@@ -6,6 +6,7 @@ which the noise is added before anything is rounded to one word (F1 in sensitivi
 size T×S is held.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,12 +15,15 @@ from jax import lax
 
 from dpfa_jax import _primitives, clipping, random, sensitivity
 from dpfa_jax._typing import Operands, Spec
+from dpfa_jax.doubleword import add_word, round_after
 
 TILE = 128
 """Keys in one tile."""
 
-WEIGHT_ERROR = 2.0**-14
-"""Relative excess of a float32 weight times a value row over its bound, for widths up to 1024."""
+WEIGHT_ERROR = 2.0**-13
+"""Relative excess of a record's contribution over its bound: norms of up to 2³² terms summed in
+blocks of 1024 (6.3e-5 of the square, half of it of the norm), their logarithms (magnitude ≤ 180 at
+2⁻²⁴), and the exponential."""
 
 
 def supports(operands: Operands, spec: Spec) -> str | None:
@@ -38,20 +42,6 @@ def rounding(keys: int) -> float:
     """
     sums = sensitivity.summation_rounding(keys=max(keys, 1), tile=TILE)
     return (1 + WEIGHT_ERROR) * (1 + sums) - 1
-
-
-def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rounded sum and its exact error (Knuth)."""
-    total = a + b
-    other = total - a
-    return total, (a - (total - other)) + (b - other)
-
-
-def _add_word(high, low, word):
-    total, error = two_sum(high, word)
-    error = error + low
-    high = total + error
-    return high, error - (high - total)
 
 
 def _pad_keys(operands: Operands) -> tuple[Operands, int]:
@@ -174,6 +164,7 @@ def _reference(operands: Operands, spec: Spec):
     return row_maximum(operands, spec)[..., None]
 
 
+@functools.partial(jax.jit, static_argnames="spec")
 def sums(operands: Operands, spec: Spec) -> tuple[tuple, tuple]:
     """N = Σ_j w_ij v_j and D = Σ_j w_ij without noise, each as a double word.
 
@@ -199,7 +190,7 @@ def sums(operands: Operands, spec: Spec) -> tuple[tuple, tuple]:
         # Never a reduced-precision product: its error would count against the guarantee.
         part = jnp.einsum("bkgts,bskh->btkgh", weights, value, precision=lax.Precision.HIGHEST)
         mass = jnp.moveaxis(jnp.sum(weights, axis=-1), 3, 1)
-        return (_add_word(*numerator, part), _add_word(*denominator, mass)), None
+        return (add_word(*numerator, part), add_word(*denominator, mass)), None
 
     zero_n = jnp.zeros((batch, length, kv_heads, group, width))
     zero_d = jnp.zeros((batch, length, kv_heads, group))
@@ -211,6 +202,7 @@ def sums(operands: Operands, spec: Spec) -> tuple[tuple, tuple]:
     return numerator, denominator
 
 
+@functools.partial(jax.jit, static_argnames="spec")
 def column_squares(operands: Operands, spec: Spec) -> jax.Array:
     """Σ_i w_ij² over the queries and heads that read key j: (B, S, K) float32.
 
@@ -224,7 +216,7 @@ def column_squares(operands: Operands, spec: Spec) -> jax.Array:
     def step(_, index):
         _, scores, allowed, log_weights = _tile(operands, spec, query, index)
         weights = _weights(spec, scores, allowed, log_weights, reference)
-        return None, jnp.sum(jnp.square(weights), axis=(2, 3))
+        return None, jnp.sum(clipping.stable_sum(jnp.square(weights), axis=3), axis=2)
 
     _, squares = lax.scan(step, None, jnp.arange(tiles))
     squares = jnp.moveaxis(squares, 0, 2)  # (B, K, tiles, tile)
@@ -232,6 +224,7 @@ def column_squares(operands: Operands, spec: Spec) -> jax.Array:
     return jnp.swapaxes(squares, 1, 2)
 
 
+@functools.partial(jax.jit, static_argnames=("batch", "length", "heads", "width"))
 def noise_field(data: jax.Array, batch: int, length: int, heads: int, width: int) -> tuple:
     """The unit noise of one call: (B, T, N, h) for the rows and (B, T, N) for the denominators."""
     batches = jnp.arange(batch)[:, None, None]
@@ -252,6 +245,7 @@ def answer(spec: Spec, numerator: jax.Array, denominator: jax.Array) -> jax.Arra
     return ratio if bound is None else clipping.clip_rows(ratio, bound)
 
 
+@functools.partial(jax.jit, static_argnames="spec")
 def forward(operands: Operands, spec: Spec) -> tuple[jax.Array, tuple]:
     """The answer (B, T, N, h) in float32, and the residuals that `backward` wants.
 
@@ -270,21 +264,17 @@ def forward(operands: Operands, spec: Spec) -> tuple[jax.Array, tuple]:
     if spec.noise == "rows":
         residuals = (high + low, mass_high + mass_low)
         return answer(spec, *residuals) + spec.noise_std * matrix, residuals
-    numerator = _add_noise(high, low, spec.noise_std * matrix)
+    numerator = round_after(high, low, spec.noise_std * matrix)
     released = spec.denominator_std != float("inf")
     denominator = (
-        _add_noise(mass_high, mass_low, spec.denominator_std * row)
+        round_after(mass_high, mass_low, spec.denominator_std * row)
         if released
         else jnp.zeros_like(mass_high)
     )
     return answer(spec, numerator, denominator), (numerator, denominator)
 
 
-def _add_noise(high, low, noise):
-    total, error = two_sum(high, noise)
-    return total + (error + low)
-
-
+@functools.partial(jax.jit, static_argnames="spec")
 def backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Array) -> tuple:
     """Gradients of the answer in query, key, value and log_weights, the noise held fixed.
 
@@ -297,7 +287,8 @@ def backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Ar
       cotangent: (B, T, N, h) float32.
 
     Returns:
-      (d query, d key, d value, d log_weights), float32, in the operands' shapes.
+      (d query, d key, d value, d log_weights, d query_reference), float32, in the operands'
+      shapes; the last is None where the call has none.
     """
     _, pull = jax.vjp(lambda n, d: answer(spec, n, d), *residuals)
     d_numerator, d_denominator = pull(cotangent.astype(jnp.float32))
@@ -310,7 +301,8 @@ def backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Ar
     d_numerator = d_numerator.reshape(batch, length, kv_heads, group, -1)
     d_denominator = jnp.moveaxis(d_denominator.reshape(batch, length, kv_heads, group), 1, 3)
 
-    def step(d_query, index):
+    def step(carry, index):
+        d_query, d_reference = carry
         key, scores, allowed, log_weights = _tile(operands, spec, query, index)
         weights = _weights(spec, scores, allowed, log_weights, reference)
         value = _slice(operands.value, index * TILE, 1).astype(jnp.float32)
@@ -326,14 +318,22 @@ def backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Ar
         d_query += jnp.einsum("bkgts,bskh->btkgh", d_scores, key, precision=spec.precision)
         d_key = jnp.einsum("bkgts,btkgh->bskh", d_scores, query, precision=spec.precision)
         d_value = jnp.einsum("bkgts,btkgh->bskh", weights, d_numerator, precision=spec.precision)
-        return d_query, (d_key, d_value, jnp.swapaxes(jnp.sum(d_level, axis=(2, 3)), 1, 2))
+        d_reference -= jnp.sum(d_level, axis=-1)
+        d_log_weights = jnp.swapaxes(jnp.sum(d_level, axis=(2, 3)), 1, 2)
+        return (d_query, d_reference), (d_key, d_value, d_log_weights)
 
-    zero, *_ = _primitives.vary_alike(jnp.zeros_like(query), *operands, d_numerator)
-    d_query, parts = lax.scan(step, zero, jnp.arange(tiles))
+    zero = (jnp.zeros_like(query), jnp.zeros_like(d_denominator))
+    zero = _primitives.vary_alike(*zero, *operands, d_numerator)[:2]
+    (d_query, d_reference), parts = lax.scan(step, zero, jnp.arange(tiles))
 
     def join(part):
         part = jnp.moveaxis(part, 0, 1)
         part = part.reshape(batch, tiles * TILE, *part.shape[3:])[:, : shape[1]]
         return part if shape[0] == batch else jnp.sum(part, axis=0, keepdims=True)
 
-    return (d_query.reshape(batch, length, kv_heads * group, width), *map(join, parts))
+    heads = kv_heads * group
+    d_query = d_query.reshape(batch, length, heads, width)
+    if operands.query_reference is None:
+        return (d_query, *map(join, parts), None)
+    d_reference = jnp.moveaxis(d_reference, 3, 1).reshape(batch, length, heads)
+    return (d_query, *map(join, parts), d_reference)

@@ -1,0 +1,499 @@
+"""private_attention: validation, the record weights, the choice of backend, the one custom_vjp.
+
+What happens to private rows, in order: rows that are not finite become NULL; value rows are bounded
+by record weights; the backend sums, adds noise and divides; everything after that is
+post-processing. Everything that sets the noise is a Python number known before the data is touched.
+"""
+
+import functools
+import math
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dpfa_jax import (
+    _check,
+    _primitives,
+    clipping,
+    gaussian_process,
+    random,
+    reference,
+    releases,
+)
+from dpfa_jax._typing import Operands, Spec
+
+BACKENDS: dict[str, ModuleType] = {"xla": reference}
+"""Each exports forward, backward, rounding and supports(operands, spec) -> reason | None."""
+
+_NAMED = ("xla", "triton", "mosaic_gpu", "auto")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(
+    backend: str, spec: Spec, process: gaussian_process.Process | None, operands: Operands
+) -> jax.Array:
+    return _attend_forward(backend, spec, process, operands)[0]
+
+
+def _attend_forward(backend, spec, process, operands):
+    if process is None:
+        out, residuals = BACKENDS[backend].forward(operands, spec)
+    else:
+        residuals = gaussian_process.forward(operands, process)
+        out = reference.answer(spec, *residuals)
+    return out, (operands, residuals)
+
+
+def _attend_backward(backend, spec, process, saved, cotangent):
+    operands, residuals = saved
+    module = reference if process is not None else BACKENDS[backend]
+    grads = module.backward(operands, spec, residuals, cotangent)
+    names = ("query", "key", "value", "log_weights", "query_reference")
+    known = {
+        name: None if grad is None else grad.astype(getattr(operands, name).dtype)
+        for name, grad in zip(names, grads, strict=True)
+    }
+    return (Operands(**{name: known.get(name) for name in Operands._fields}),)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _backend(name: str, operands: Operands, spec: Spec) -> str:
+    _check.choice("backend", name, _NAMED)
+    if name == "auto":
+        return next(kind for kind in BACKENDS if BACKENDS[kind].supports(operands, spec) is None)
+    if name not in BACKENDS:
+        raise NotImplementedError(
+            f"backend={name!r} is not part of this version. Pass backend='auto', which takes the "
+            "fastest backend that can do the call, or backend='xla'."
+        )
+    reason = BACKENDS[name].supports(operands, spec)
+    if reason is not None:
+        raise NotImplementedError(
+            f"backend={name!r} cannot do this call: {reason}. Pass backend='auto'."
+        )
+    return name
+
+
+def _array(name: str, value: Any) -> jax.Array:
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(f"Expected {name} to be an array, got {type(value).__name__}.")
+    array = jnp.asarray(value)
+    if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise TypeError(
+            f"Expected {name} in float32, bfloat16 or float16, got {array.dtype} of shape "
+            f"{array.shape}. Cast it with .astype(jnp.float32)."
+        )
+    return array
+
+
+def _window(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    pair = size if isinstance(size, tuple) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f"Expected local_window_size to be an int or (left, right), got {size!r}.")
+    left, right = (_check.integer("local_window_size", side, low=0) for side in pair)
+    return left, right
+
+
+def _boolean_mask(mask: Any, call: releases.Call) -> jax.Array | None:
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"Expected mask to be boolean with True where attention is allowed, got {mask.dtype}. "
+            "A 0/1 mask (such as flax.linen.make_causal_mask's) becomes one by mask.astype(bool); "
+            "additive biases go to key_log_weights, where they depend on the key alone."
+        )
+    full = (call.batch, call.heads, call.queries, call.keys)
+    fits = mask.ndim == 4 and all(a in (1, b) for a, b in zip(mask.shape, full, strict=True))
+    if not fits:
+        raise ValueError(
+            f"Expected mask to be 4-dimensional and to broadcast to (B, N, T, S) = {full}, got "
+            f"{mask.shape}."
+        )
+    return mask
+
+
+def _segments(segment_ids: Any, call: releases.Call):
+    if segment_ids is None:
+        return None, None
+    pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
+    if len(pair) != 2:
+        raise ValueError("Expected segment_ids to be an array or (query ids, key ids).")
+    wanted = ((call.batch, call.queries), (call.memories, call.keys))
+    arrays = []
+    for name, ids, shape in zip(("query", "key"), pair, wanted, strict=True):
+        ids = jnp.asarray(ids)
+        if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.shape != shape:
+            raise ValueError(
+                f"Expected the {name} segment ids to be integers of shape {shape}, got {ids.dtype} "
+                f"of shape {ids.shape}. Pass (query ids, key ids) where the two differ."
+            )
+        arrays.append(ids.astype(jnp.int32))
+    return arrays[0], arrays[1]
+
+
+def _lengths(lengths: Any, call: releases.Call):
+    if lengths is None:
+        return None
+    lengths = jnp.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape != (call.batch,):
+        raise ValueError(
+            f"Expected key_value_seq_lengths to be integers of shape ({call.batch},), got "
+            f"{lengths.dtype} of shape {lengths.shape}."
+        )
+    return lengths.astype(jnp.int32)
+
+
+def _base_log_weights(weights: Any, call: releases.Call) -> jax.Array:
+    full = (call.memories, call.keys, call.kv_heads)
+    if weights is None:
+        return jnp.zeros(full, jnp.float32)
+    weights = jnp.asarray(weights)
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise TypeError(f"Expected key_log_weights to be floating point, got {weights.dtype}.")
+    if weights.ndim == 1:
+        weights = weights[None, :, None]
+    elif weights.ndim == 2:
+        weights = weights[:, :, None]
+    fits = weights.ndim == 3 and all(a in (1, b) for a, b in zip(weights.shape, full, strict=True))
+    if not fits or weights.shape[1] != call.keys:
+        raise ValueError(
+            f"Expected key_log_weights of shape (S,), (B, S) or (B, S, K) for {full}, got "
+            f"{weights.shape}."
+        )
+    # Above 0 a record could weigh more than the bound; NaN is no weight.
+    weights = jnp.minimum(weights.astype(jnp.float32), 0.0)
+    weights = jnp.where(jnp.isnan(weights), -jnp.inf, weights)
+    return jnp.broadcast_to(weights, full)
+
+
+def _refuse_masks(mechanism, *, everything: bool, **given) -> None:
+    named = [name for name, value in given.items() if value is not None and value is not False]
+    if named:
+        what = "any mask" if everything else "a mask that depends on the query"
+        raise ValueError(
+            f"{type(mechanism).__name__} does not take {what}, got {', '.join(named)}: its "
+            "guarantee would not hold. Use IndependentNoise or ClippedContributions."
+        )
+
+
+def private_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mechanism: releases.Mechanism,
+    rng: jax.Array | None,
+    queries: Literal["public", "private"],
+    scale: float | None = None,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    mask: jax.Array | None = None,
+    segment_ids: Any = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    key_log_weights: jax.Array | None = None,
+    precision: Any = None,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> jax.Array:
+    """Attention whose answer is a differentially private release of the key/value records.
+
+    The noise is a function of `rng` and the element index alone: under `vmap` every example has
+    its own, even with an unbatched key, under `shard_map` and `pmap` every shard has. Calling twice
+    with one key releases twice under the same noise, whose difference is exact: split keys.
+
+    Args:
+      query: (B, T, N, H) in float32, bfloat16 or float16.
+      key: (B, S, K, H), or (1, S, K, H) for one memory read by the whole batch; N a multiple of K.
+      value: (B or 1, S, K, h). Row j of key and value is record j and must depend on that record
+        alone: K and V of a transformer layer above the first do not.
+      mechanism: IndependentNoise, ClippedContributions, GaussianProcessNoise, SequenceRelease,
+        SoftmaxNoise or NonPrivate.
+      rng: one typed key (`dpfa_jax.random.secure_key()`); None only for NonPrivate.
+      queries: "public" promises that no query depends on a private record except through released
+        answers; the promise is printed in the guarantee. "private" allows only SequenceRelease and
+        NonPrivate.
+      scale: factor of the scores, finite; None is 1/√H.
+      is_causal: query i sees keys j ≤ i.
+      local_window_size: w or (left, right) ≥ 0: query i sees i − left ≤ j ≤ i + right.
+      mask: boolean, broadcasts to (B, N, T, S), True attends; a public or row-local value.
+      segment_ids: integers (B, T), or (query ids, key ids); queries see keys of their own segment.
+      key_value_seq_lengths: integers (B,); keys at positions ≥ the length are not seen.
+      key_log_weights: (S,), (B, S) or (B, S, K): logarithms of row weights, public or row-local;
+        values above 0 count as 0, NaN as −∞.
+      precision: of the score product, as in `jax.lax.dot`; None is the highest. The value product
+        always has the highest, since its error counts against the guarantee.
+      deterministic: whether gradients must be the same bits on every run (always so on "xla").
+      backend: "auto" or "xla"; a named backend never falls back to another.
+
+    Returns:
+      (B, T, N, h) in the query's dtype, the noise added in float32 or better before the cast. A
+      record with a NaN or an infinity in any head is NULL. A query with one gets a NaN row of its
+      own (a zero row under SequenceRelease, where queries may be private).
+
+    Raises:
+      TypeError, ValueError: for arguments that do not fit, saying what to pass.
+      NotImplementedError: if a named backend cannot do the call.
+
+    Guarantee: `mechanism.guarantee(query.shape, key.shape, value.shape)`; S1, S2, S3, S5 and S7
+      (sensitivity.md). Gradients through the call are not a release and not private.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpfa_jax
+      >>> q, k = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 9, 1, 4))
+      >>> noise = dpfa_jax.IndependentNoise(noise_multiplier=1.0, value_bound=1.0, score_cap=2.0)
+      >>> private_attention(
+      ...     q, k, k, mechanism=noise, rng=jax.random.key(0), queries="public").shape
+      (1, 2, 1, 4)
+    """
+    if not isinstance(mechanism, releases.Mechanism):
+        raise TypeError(
+            f"Expected mechanism to be a mechanism of dpfa_jax, such as IndependentNoise(...), got "
+            f"{mechanism!r}."
+        )
+    private = not isinstance(mechanism, releases.NonPrivate)
+    if private and rng is None:
+        raise TypeError(
+            "Expected rng to be a typed JAX key, got None. There is no default key: pass "
+            "dpfa_jax.random.secure_key(), a new one for every call."
+        )
+    _check.choice("queries", queries, ("public", "private"))
+    if queries == "private" and private and not isinstance(mechanism, releases.SequenceRelease):
+        raise ValueError(
+            f"{type(mechanism).__name__} protects the records that public queries read; with "
+            "queries='private' (self-attention over private tokens) each token is also a query, "
+            "whose own answer moves by the full value bound. Use SequenceRelease."
+        )
+    query, key, value = _array("query", query), _array("key", key), _array("value", value)
+    call = releases.Call.of(query.shape, key.shape, value.shape)
+    scale = _check.real("scale", 1 / math.sqrt(call.query_dim) if scale is None else scale)
+    _check.flag("is_causal", is_causal)
+    _check.flag("deterministic", deterministic)
+    window = _window(local_window_size)
+    mask = _boolean_mask(mask, call)
+    query_segments, key_segments = _segments(segment_ids, call)
+    lengths = _lengths(key_value_seq_lengths, call)
+    base = _base_log_weights(key_log_weights, call)
+    if isinstance(mechanism, releases.SoftmaxNoise):
+        _refuse_masks(
+            mechanism,
+            everything=True,
+            is_causal=is_causal,
+            local_window_size=window,
+            mask=mask,
+            segment_ids=segment_ids,
+            key_value_seq_lengths=lengths,
+            key_log_weights=key_log_weights,
+        )
+    if isinstance(mechanism, releases.GaussianProcessNoise):
+        by_query = mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1)
+        shared = call.memories == 1 and call.batch > 1
+        _refuse_masks(
+            mechanism,
+            everything=False,
+            is_causal=is_causal,
+            local_window_size=window,
+            mask=by_query or (mask is not None and shared and mask.shape[0] > 1),
+            key_value_seq_lengths=lengths is not None and shared,
+        )
+
+    query_ok = clipping.finite_rows(query)
+    record_ok = jnp.all(clipping.finite_rows(key) & clipping.finite_rows(value), axis=-1)
+    query = jnp.where(query_ok[..., None], query, jnp.zeros((), query.dtype))
+    key = jnp.where(record_ok[..., None, None], key, jnp.zeros((), key.dtype))
+    value = jnp.where(record_ok[..., None, None], value, jnp.zeros((), value.dtype))
+    if not isinstance(mechanism, releases.SoftmaxNoise):
+        base = jnp.where(record_ok[..., None], base, -jnp.inf)
+
+    data = None
+    if private:
+        assert rng is not None
+        masks = (mask, query_segments, key_segments, lengths)
+        data = _primitives.stream_key(
+            random.key_data(rng), query, key, value, base, *(x for x in masks if x is not None)
+        )
+    operands = Operands(
+        query, key, value, base, mask, query_segments, key_segments, lengths, noise_key=data
+    )
+    spec = Spec(
+        scale=scale,
+        score_cap=None,
+        is_causal=is_causal,
+        window=window,
+        precision=jax.lax.Precision.HIGHEST if precision is None else precision,
+    )
+    out = _release(operands, spec, mechanism, call, backend)
+    if not isinstance(mechanism, releases.SequenceRelease):
+        out = jnp.where(query_ok[..., None], out, jnp.nan)
+    out = out.astype(query.dtype)
+    return _primitives.private_release(out, mechanism.event(query.shape, key.shape, value.shape))
+
+
+def _bounded_values(operands: Operands, mechanism: Any) -> Operands:
+    """Value rows of norm ≤ Cv: by record weights, or scaled where a replaced row may oppose.
+
+    A record weight shrinks a row's denominator too. Two rows that replace each other may then
+    differ by 2Cv in the numerator and by c in the denominator at once, so under REPLACE_ONE the
+    row itself is scaled and its denominator stays (S2 in sensitivity.md).
+    """
+    if mechanism.adjacency.kind == "REPLACE_ONE":
+        return operands._replace(value=clipping.clip_rows(operands.value, mechanism.value_bound))
+    weights = clipping.log_row_weights(operands.value, mechanism.value_bound)
+    return operands._replace(log_weights=operands.log_weights + weights)
+
+
+def _release(operands, spec, mechanism, call, backend) -> jax.Array:
+    """The released answer in float32."""
+    name = _backend(backend, operands, spec)
+    module = BACKENDS[name]
+    growth = 1 + module.rounding(call.keys)
+
+    def run(spec, operands, process=None):
+        operands = Operands(*_primitives.vary_alike(*operands))
+        return _attend(name, spec, process, operands)
+
+    def replace(**changes):
+        return Spec(**{**spec.__dict__, **changes})
+
+    match mechanism:
+        case releases.NonPrivate():
+            return run(spec, operands)
+        case releases.SequenceRelease():
+            bound = mechanism.l2_sensitivity(call) * (1 + reference.WEIGHT_ERROR)
+            noise_std = mechanism.noise_multiplier * bound
+            if mechanism.clip == "row":
+                clipped = replace(noise="rows", noise_std=noise_std, row_clip=mechanism.clip_norm)
+                return run(clipped, operands)
+            data = operands.noise_key
+            out = run(spec, operands._replace(noise_key=None))
+            flat = clipping.clip_rows(out.reshape(call.batch, -1), mechanism.clip_norm)
+            noise, _ = reference.noise_field(data, *out.shape)
+            return flat.reshape(out.shape) + noise_std * noise
+        case releases.SoftmaxNoise():
+            # No product of rows this short overflows: every pair has a score, and every row counts.
+            operands = operands._replace(
+                query=clipping.clip_rows(operands.query, 1e18),
+                key=clipping.clip_rows(operands.key, 1e18),
+                value=clipping.clip_rows(operands.value, mechanism.value_bound),
+            )
+            # The answer is rounded to float32 before its noise: four roundings of a row ≤ Cv.
+            rounded = 2.0**-20 * mechanism.value_bound * math.sqrt(call.batch * call.queries)
+            rounded *= math.sqrt(call.heads)
+            bound = mechanism.l2_sensitivity(call) * growth + rounded
+            bounded = replace(
+                score_cap=mechanism.score_bound,
+                score_low=-mechanism.score_bound,
+                noise="rows",
+                noise_std=mechanism.noise_multiplier * bound,
+            )
+            return run(bounded, operands)
+        case releases.IndependentNoise() | releases.ClippedContributions():
+            operands = _bounded_values(operands, mechanism)
+            noise_std = mechanism.noise_multiplier * mechanism.l2_sensitivity(call) * growth
+            weight = mechanism.weight(call)
+            noisy = replace(
+                score_cap=mechanism.score_cap,
+                noise="sums",
+                noise_std=noise_std,
+                denominator_std=noise_std / weight if weight > 0 else math.inf,
+                floor=mechanism.smallest_denominator(call, noise_std),
+                ball=mechanism.value_bound,
+            )
+            if isinstance(mechanism, releases.ClippedContributions):
+                weights = _contribution_weights(operands, noisy, mechanism, call)
+                operands = operands._replace(log_weights=operands.log_weights + weights)
+            return run(noisy, operands)
+        case releases.GaussianProcessNoise():
+            return _gaussian_process(operands, spec, mechanism, call, run, replace)
+    raise TypeError(f"No rule for the mechanism {type(mechanism).__name__}.")
+
+
+def _contribution_weights(operands, spec, mechanism, call) -> jax.Array:
+    """log u_j = log min(1, C/‖φ_j‖), φ_j over all queries and heads of the call; (B or 1, S, K)."""
+    frozen = jax.lax.stop_gradient(operands)
+    squares = reference.column_squares(frozen, spec)  # (B, S, K)
+    if call.memories == 1:
+        squares = clipping.stable_sum(squares, axis=0)[None]
+    weight = mechanism.weight(call)
+    width = jnp.full((*frozen.value.shape[:-1], 1), weight, jnp.float32)
+    rows = jnp.concatenate([frozen.value.astype(jnp.float32), width], axis=-1)
+    norms = clipping.log_row_norms(rows)  # ‖(v_j, c)‖ per head
+    used = squares > 0
+    log_squares = jnp.log(jnp.where(used, squares, 1.0)) + 2 * norms
+    log_squares = jnp.where(used, log_squares, -jnp.inf)
+    total = jax.nn.logsumexp(log_squares, axis=-1, keepdims=True)
+    limit = math.log(mechanism.row_clip_norm(call))
+    return jnp.minimum(0.0, limit - 0.5 * total)
+
+
+def _gaussian_process(operands, spec, mechanism, call, run, replace) -> jax.Array:
+    process = mechanism.process(call, gamma=spec.scale)
+    if mechanism.adjacency.kind == "REPLACE_ONE":
+        value = clipping.clip_rows(operands.value, mechanism.value_bound)
+        operands = operands._replace(value=value)
+    base = operands.log_weights
+    # Masks that depend on the key alone are weights; `forward` knows no others.
+    if operands.key_lengths is not None:
+        seen = jnp.arange(call.keys)[None, :] < operands.key_lengths[:, None]
+        base = jnp.where(seen[: call.memories, :, None], base, -jnp.inf)
+    if operands.mask is not None:
+        seen = operands.mask[:, 0, 0, :, None]
+        base = jnp.where(seen, base, -jnp.inf)
+    key = operands.key.astype(jnp.float32) * mechanism.key_scale
+    query = operands.query.astype(jnp.float32) / mechanism.key_scale
+    weights = gaussian_process.log_record_weights(key, operands.value.astype(jnp.float32), process)
+    weights -= gaussian_process.squares(key, process.gamma) / 2
+    operands = operands._replace(
+        mask=None,
+        key_lengths=None,
+        log_weights=jnp.where(base > -jnp.inf, base + weights, -jnp.inf),
+        base_log_weights=jax.lax.stop_gradient(base),
+        query_reference=gaussian_process.squares(query, process.gamma) / 2,
+    )
+    return run(replace(floor=process.floor, ball=mechanism.value_bound), operands, process)
+
+
+def sampled_attention(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    rng: jax.Array,
+    score_bound: float,
+    scale: float | None = None,
+) -> jax.Array:
+    """One sampled key index per query and head: attention as an exponential mechanism.
+
+    Args:
+      query: (B, T, N, H), public.
+      key: (B or 1, S, K, H), S ≥ 1; the candidates' positions are public, their rows private.
+      rng: one typed key.
+      score_bound: B ≥ 0, public: scores are clipped to [−B, B].
+      scale: factor of the scores; None is 1/√H.
+
+    Returns:
+      int32 (B, T, N) indices into S, each drawn with probability ∝ e^score. Returning the private
+      value at the index is not private and no function here does it.
+
+    Raises:
+      TypeError, ValueError: for arguments that do not fit.
+
+    Guarantee: S8 (sensitivity.md), REPLACE_ONE, per query and head.
+    """
+    query, key = _array("query", query), _array("key", key)
+    call = releases.Call.of(query.shape, key.shape)
+    if call.keys < 1:
+        raise ValueError("Expected at least one candidate, got an empty key axis.")
+    bound = _check.real("score_bound", score_bound, low=0)
+    scale = _check.real("scale", 1 / math.sqrt(call.query_dim) if scale is None else scale)
+    return _sample(query, key, rng, bound, scale, call)
+
+
+def _sample(query, key, rng, bound, scale, call):
+    raise NotImplementedError
