@@ -56,7 +56,8 @@ def _profile(event: Event) -> _Profile:
             coordinates += count * leaf.coordinates
         else:
             others.append((leaf, count))
-    return _Profile(squared * _UP, coordinates, tuple(others))
+    # Beyond 2⁶⁰ the cut-off spends every δ: no larger number is told apart.
+    return _Profile(squared * _UP, min(coordinates, 1 << 60), tuple(others))
 
 
 def _leaf_rdp(leaf: Event, orders: rdp.Curve) -> rdp.Curve:
@@ -206,7 +207,9 @@ def delta(event: Event, epsilon: float) -> float:
     else:
         pure = math.fsum(_times(count, _pure_epsilon(leaf)) for leaf, count in profile.others)
         pure *= _UP
-        ideal = 1.0 if not pure <= target else gdp.delta(_minus(target, pure), profile.mu)
+        ideal = 1.0
+        if pure < math.inf and pure <= target:
+            ideal = gdp.delta(_minus(target, pure), profile.mu)
         leaves = events_lib.leaves(event)
         ideal = min(ideal, convert.delta(lambda orders: _rdp(leaves, orders), target))
     total = (ideal * math.exp(log_factor) + flux) * _UP if flux > 0.0 else ideal
@@ -214,6 +217,4 @@ def delta(event: Event, epsilon: float) -> float:
 
 
 def _minus(target: float, spent: float) -> float:
-    if target == math.inf:
-        return math.inf if spent < math.inf else 0.0
-    return max((target - spent) * (1.0 - 2.0**-52), 0.0)
+    return math.inf if target == math.inf else (target - spent) * (1.0 - 2.0**-52)

@@ -5,7 +5,7 @@ An event names the noise of a release in units of its sensitivity. It knows no d
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpfa_jax import _check
@@ -120,13 +120,13 @@ class Composed(Event):
     """Several releases of the same data; later ones may depend on the outputs of earlier ones.
 
     Attributes:
-      events: at least one event. For none, say `NoRelease()`.
+      events: at least one event, kept as a tuple. For none, say `NoRelease()`.
     """
 
-    events: tuple[Event, ...]
+    events: Sequence[Event]
 
     def __post_init__(self):
-        if isinstance(self.events, Event) or not isinstance(self.events, Iterable):
+        if not isinstance(self.events, Sequence):
             raise TypeError(f"Expected events to be a sequence of events, got {self.events!r}.")
         events = tuple(check_event("events", each) for each in self.events)
         if not events:

@@ -22,12 +22,6 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 RADIUS_BITS = 40
 """Bits of the Box-Muller radius of `dpfa_jax.random`: the noise ends at √(80 ln 2) = 7.45σ."""
 
-CUT_OFF = math.sqrt(2.0 * RADIUS_BITS * math.log(2.0))
-"""Radius R at which a pair of normals ends, in standard deviations."""
-
-CUT_OFF_MASS = 2.0**-RADIUS_BITS
-"""Mass exp(−R²/2) of an ideal pair beyond the cut-off."""
-
 
 def _mills(x: float) -> float:
     """Φ(−x)/φ(x), decreasing; +∞ below about −37."""
@@ -44,11 +38,12 @@ def _mills_slope(x: np.ndarray) -> np.ndarray:
     return np.where(x < 4.0, 1.0 - x * mills, mills / (large + tail))
 
 
-def _mills_drop(low: float, mu: float, high: float) -> float:
-    """m(low) − m(high) for high = low + mu, relatively exact for small mu too."""
+def _log_mills_drop(low: float, mu: float, high: float) -> float:
+    """ln(m(low) − m(high)) for high = low + mu, relatively exact for small mu too."""
     if mu > 0.25 * max(1.0, abs(low)):
-        return _mills(low) - _mills(high)
-    return 0.5 * mu * float(_WEIGHTS @ _mills_slope(low + 0.5 * mu * (1.0 + _NODES)))
+        return math.log(_mills(low) - _mills(high))
+    slope = float(_WEIGHTS @ _mills_slope(low + 0.5 * mu * (1.0 + _NODES)))
+    return math.log(0.5 * mu) + math.log(slope)
 
 
 def log_delta(epsilon: float, mu: float) -> float:
@@ -79,13 +74,12 @@ def _log_delta(epsilon: float, mu: float) -> float:
         return -math.inf
     shift = epsilon / mu
     low, high = shift - 0.5 * mu, shift + 0.5 * mu
-    if not high < 1e150:  # squares overflow: bounded by Φ(−low), or by nothing
-        return 0.0 if not low > 0.0 else max(-0.5 * min(low, 1e150) ** 2, -1.7e308)
+    if not high < 1e100:  # powers of it overflow: bounded by Φ(−low), or by 1
+        return 0.0 if not low > 0.0 else -0.5 * min(low, 1e150) ** 2
     if low < -8.0:  # δ is close to 1, where nothing cancels
         tail = math.exp(-0.5 * low * low - _LOG_ROOT_TWO_PI) * _mills(high)
         return min(math.log1p(-(float(special.ndtr(low)) + tail)) + 16.0 * _EPS, 0.0)
-    drop = _mills_drop(low, mu, high)
-    logarithm = -0.5 * low * low - _LOG_ROOT_TWO_PI + math.log(drop)
+    logarithm = -0.5 * low * low - _LOG_ROOT_TWO_PI + _log_mills_drop(low, mu, high)
     # low carries an error of _EPS·high, which the square multiplies by |low|.
     return min(logarithm + 8.0 * _EPS * (abs(low) * high + low * low + 16.0), 0.0)
 
@@ -192,7 +186,7 @@ def mu(epsilon: float, delta: float) -> float:
     if tolerance == 0.0:
         return 0.0
     log_target = math.log(tolerance)
-    low, high = 1e-310, 1.0
+    low, high = 1e-305, 1.0
     if not _log_delta(target, low) <= log_target:
         return 0.0
     while _log_delta(target, high) <= log_target:
@@ -239,17 +233,17 @@ def compose(mus: Iterable[float]) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _one_pair(mu: float) -> float:
+def _one_pair(mu: float, radius: float) -> float:
     """Upper bound of the mass one pair loses when the whole shift μ ≤ R − 1 falls on it."""
     steps = 512
     left = np.arange(steps) * (0.5 * math.pi / steps)
-    swept = special.ndtr(mu * np.cos(left) - CUT_OFF) - special.ndtr(-CUT_OFF)
+    swept = special.ndtr(mu * np.cos(left) - radius) - special.ndtr(-radius)
     integral = 2.0 * float(swept.sum()) * (0.5 * math.pi / steps)
-    return CUT_OFF / math.sqrt(2.0 * math.pi) * integral * (1.0 + 1e-9)
+    return radius / math.sqrt(2.0 * math.pi) * integral * (1.0 + 1e-9)
 
 
-def cut_off(mu: float, coordinates: int) -> tuple[float, float]:
-    """What Box-Muller noise that ends at 7.45σ costs a μ-GDP release: (log_factor, flux).
+def cut_off(mu: float, coordinates: int, *, radius_bits: int = RADIUS_BITS) -> tuple[float, float]:
+    """What Box-Muller noise that ends at √(2·bits·ln 2)σ costs μ-GDP: (log_factor, flux).
 
     With δ(ε) the curve for ideal noise, the curve for the noise in use is at most
     exp(log_factor)·δ(ε) + flux.
@@ -257,6 +251,7 @@ def cut_off(mu: float, coordinates: int) -> tuple[float, float]:
     Args:
       mu: of all releases together, in [0, ∞].
       coordinates: released noisy scalars of all releases together, ≥ 0; each may use up a pair.
+      radius_bits: bits of the radius, in [1, 128].
 
     Returns:
       Upper bounds (log_factor ≥ 0, flux in [0, 1]); (0, 0) without coordinates or with μ = 0.
@@ -273,14 +268,15 @@ def cut_off(mu: float, coordinates: int) -> tuple[float, float]:
     """
     mu = _check.real("mu", mu, low=0, finite=False)
     coordinates = _check.integer("coordinates", coordinates, low=0)
+    radius_bits = _check.integer("radius_bits", radius_bits, low=1, high=128)
     if coordinates == 0 or mu == 0.0:
         return 0.0, 0.0
-    if not (mu <= CUT_OFF - 1.0 and coordinates < 1 << 53):
+    radius, lost = math.sqrt(2.0 * radius_bits * math.log(2.0)), 2.0**-radius_bits
+    if not (mu <= radius - 1.0 and coordinates < 1 << 53):
         return 0.0, 1.0
-    log_factor = -coordinates * math.log1p(-CUT_OFF_MASS) * (1.0 + 1e-9)
+    log_factor = -coordinates * math.log1p(-lost) * (1.0 + 1e-9)
     if log_factor > 1.0:
         return log_factor, 1.0
-    linear = CUT_OFF * CUT_OFF_MASS / math.pi
-    flux = linear * (math.sqrt(coordinates) - 1.0) * mu + _one_pair(mu)
-    flux *= math.exp(log_factor) * (1.0 + 1e-9)
-    return log_factor, min(flux, 1.0)
+    linear = radius * lost / math.pi * mu
+    flux = linear * (math.sqrt(coordinates) - 1.0) + _one_pair(mu, radius)
+    return log_factor, min(flux * math.exp(log_factor) * (1.0 + 1e-9), 1.0)

@@ -1,0 +1,186 @@
+"""What events cost: exact where one mechanism stands alone, never below an exact pair's cost."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+from dp_accounting import dp_event
+from dp_accounting.pld import pld_privacy_accountant
+
+from dpfa_jax import accounting
+from dpfa_jax.accounting import (
+    Composed,
+    DiscreteGaussian,
+    ExponentialMechanism,
+    Gaussian,
+    Laplace,
+    NonPrivate,
+    NoRelease,
+    Repeated,
+    convert,
+    gdp,
+)
+
+
+def test_epsilon_of_gaussians_is_the_exact_one():
+    event = Composed([Repeated(Gaussian(4.0), 9), Gaussian(2.0)])
+    mu = math.sqrt(9 / 16 + 1 / 4)
+    assert abs(accounting.mu(event) / mu - 1) <= 1e-14
+    for delta in (1e-12, 1e-5):
+        assert abs(accounting.epsilon(event, delta) / gdp.epsilon(delta, mu) - 1) <= 1e-12
+    for epsilon in (0.0, 1.0, 30.0):
+        assert abs(accounting.delta(event, epsilon) / gdp.delta(epsilon, mu) - 1) <= 1e-10
+
+
+def test_epsilon_charges_the_cut_off():
+    ideal, cut = Gaussian(1.0), Gaussian(1.0, 34_000_000)
+    flux = gdp.cut_off(1.0, 34_000_000)[1]
+    assert accounting.delta(cut, 1.0) > accounting.delta(ideal, 1.0) + 0.99 * flux
+    assert accounting.epsilon(cut, 1e-7) > accounting.epsilon(ideal, 1e-7)
+    assert accounting.epsilon(cut, flux) == math.inf
+    assert accounting.epsilon(cut, 0.9 * flux) == math.inf
+    assert accounting.epsilon(cut, 1.5 * flux) < math.inf
+    # Four quarters of the coordinates cost what the whole does.
+    quarters = Repeated(Gaussian(2.0, 8_500_000), 4)
+    assert abs(accounting.epsilon(quarters, 1e-7) / accounting.epsilon(cut, 1e-7) - 1) <= 1e-9
+    # Other releases beside it do not lose the term.
+    mixed = Composed([cut, Laplace(10.0)])
+    assert accounting.epsilon(mixed, 0.9 * flux) == math.inf
+    assert accounting.delta(mixed, 500.0) >= flux
+
+
+def test_epsilon_of_pure_releases_adds_without_delta():
+    event = Composed([Repeated(Laplace(2.0), 3), ExponentialMechanism(0.5, math.inf)])
+    assert abs(accounting.epsilon(event, 0.0) - 2.0) <= 1e-12
+    assert accounting.epsilon(event, 0.0) >= 2.0
+    assert accounting.epsilon(event, 1e-9) <= 2.0 * (1 + 1e-12)
+    assert accounting.delta(event, 2.0 + 1e-9) == 0.0
+    assert accounting.mu(event) == math.inf
+
+
+def test_epsilon_of_many_pure_releases_uses_their_curve():
+    event = Repeated(Laplace(100.0), 10_000)
+    assert accounting.epsilon(event, 1e-5) < 0.1 * accounting.epsilon(event, 0.0)
+
+
+def test_epsilon_of_a_mixture_is_never_below_the_exact_pair():
+    """Gaussian (σ = 2) and Laplace (b = 1.5) together: δ by quadrature over both losses."""
+    event = Composed([Gaussian(2.0), Laplace(1.5)])
+    for epsilon in (0.2, 0.6, 1.0):
+        # The Laplace loss has atoms at ±2/3 and the density of x ~ 1 + Lap between.
+        def gaussian_delta(level):
+            # δ_μ at any real level, negative too: δ(−ε) = 1 − e^(−ε)(1 − δ(ε)).
+            if level >= 0:
+                return mpmath.mpf(gdp.delta(float(level), 0.5))
+            return 1 - mpmath.exp(level) * (1 - mpmath.mpf(gdp.delta(float(-level), 0.5)))
+
+        shift = 1 / 1.5
+        high = mpmath.mpf(1) / 2
+        low = mpmath.exp(-shift) / 2
+        middle = mpmath.quad(
+            lambda x, e=epsilon: (
+                gaussian_delta(e - (2 * x - 1) / 1.5) * mpmath.exp(-(1 - x) / 1.5) / 3
+            ),
+            [0, 0.25, 0.5, 0.75, 1],
+        )
+        exact = high * gaussian_delta(epsilon - shift) + low * gaussian_delta(epsilon + shift)
+        exact += middle
+        found = accounting.delta(event, epsilon)
+        assert found >= exact
+        assert accounting.epsilon(event, float(exact)) >= epsilon
+
+
+def test_epsilon_is_never_below_dp_accountings_pld():
+    accountant = pld_privacy_accountant.PLDAccountant()
+    accountant.compose(dp_event.GaussianDpEvent(4.0), 10)
+    accountant.compose(dp_event.LaplaceDpEvent(20.0), 5)
+    rival = accountant.get_epsilon(1e-5)
+    ours = accounting.epsilon(
+        Composed([Repeated(Gaussian(4.0), 10), Repeated(Laplace(20.0), 5)]), 1e-5
+    )
+    assert rival * 0.999 <= ours <= 1.2 * rival
+
+
+def test_epsilon_of_the_discrete_gaussian_is_that_of_its_zcdp():
+    event = Repeated(DiscreteGaussian(10.0), 4)
+    assert abs(accounting.epsilon(event, 1e-5) / convert.zcdp_epsilon(0.02, 1e-5) - 1) <= 1e-12
+    assert accounting.mu(event) == math.inf
+
+
+def test_composition_order_and_nesting_do_not_change_the_cost():
+    parts = [Gaussian(3.0, 5), Laplace(7.0), DiscreteGaussian(9.0), Gaussian(1.5)]
+    one = accounting.epsilon(Composed(parts), 1e-6)
+    other = accounting.epsilon(Composed([Composed(parts[2:]), Composed(parts[1::-1])]), 1e-6)
+    assert abs(one / other - 1) <= 1e-12
+
+
+def test_non_private_costs_infinity_whatever_is_beside_it():
+    for event in (NonPrivate(), Composed([Gaussian(9.0), NonPrivate()]), Gaussian(0.0)):
+        assert accounting.epsilon(event, 0.5) == math.inf
+        assert accounting.delta(event, 1e9) == 1.0
+        assert accounting.delta(event, math.inf) == 1.0
+        assert accounting.mu(event) == math.inf
+        assert (accounting.rdp_curve(event) == math.inf).all()
+
+
+def test_no_release_costs_nothing():
+    event = Composed([NoRelease(), Repeated(NoRelease(), 10**9)])
+    assert accounting.epsilon(event, 0.0) == 0.0
+    assert accounting.delta(event, 0.0) == 0.0
+    assert accounting.mu(event) == 0.0
+    assert (accounting.rdp_curve(event) == 0.0).all()
+
+
+@pytest.mark.parametrize("leaf", [Gaussian(5.0, 3), Laplace(50.0), DiscreteGaussian(5.0)], ids=str)
+def test_cost_grows_with_the_count_up_to_infinity(leaf):
+    last_epsilon, last_delta = 0.0, 0.0
+    for exponent in (0, 1, 3, 6, 12, 20, 40, 200):
+        # Nested, the last count is 10⁴⁰⁰: beyond every float.
+        event = Repeated(Repeated(leaf, 10**exponent), 10**exponent)
+        epsilon, delta = accounting.epsilon(event, 1e-5), accounting.delta(event, 0.01)
+        assert epsilon >= last_epsilon
+        assert delta >= last_delta * (1 - 1e-12)
+        last_epsilon, last_delta = epsilon, delta
+    assert last_epsilon == math.inf
+    assert last_delta == 1.0
+
+
+def test_cost_of_wide_noise_is_small_but_not_zero():
+    for leaf in (Gaussian(1e200), Gaussian(1e300)):
+        assert 0.0 < accounting.mu(leaf) <= 1e-149
+        assert accounting.delta(leaf, 1.0) > 0.0
+
+
+def test_rdp_curve_adds_the_leaves():
+    orders = np.array([1.5, 2.0, 64.0])
+    event = Composed([Repeated(Gaussian(2.0), 3), Laplace(1.0)])
+    expected = 3 * orders / 8 + accounting.rdp.laplace(1.0, orders)
+    np.testing.assert_allclose(accounting.rdp_curve(event, orders), expected, rtol=1e-14)
+    assert (accounting.rdp_curve(event, orders) >= expected).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1e-9, 1.0, 2.0, math.inf, -math.inf])
+def test_epsilon_refuses_a_delta_outside_its_range(bad):
+    for event in (Gaussian(1.0), Laplace(1.0), NonPrivate(), NoRelease()):
+        with pytest.raises(ValueError, match="delta"):
+            accounting.epsilon(event, bad)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1e-9, -math.inf])
+def test_delta_refuses_an_epsilon_outside_its_range(bad):
+    for event in (Gaussian(1.0), Laplace(1.0), NonPrivate(), NoRelease()):
+        with pytest.raises(ValueError, match="epsilon"):
+            accounting.delta(event, bad)
+
+
+def test_every_function_refuses_what_is_no_event():
+    for bad in (None, Gaussian, 1.0, (Gaussian(1.0),), accounting.Event()):
+        for call in (
+            lambda bad=bad: accounting.epsilon(bad, 1e-5),
+            lambda bad=bad: accounting.delta(bad, 1.0),
+            lambda bad=bad: accounting.mu(bad),
+            lambda bad=bad: accounting.rdp_curve(bad),
+        ):
+            with pytest.raises(TypeError):
+                call()

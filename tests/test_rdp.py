@@ -1,0 +1,189 @@
+"""Rényi curves against quadrature of the defining integral, in mpmath."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+from dp_accounting import dp_event
+from dp_accounting.rdp import RdpAccountant
+
+from dpfa_jax.accounting import rdp
+
+ORDERS = (1.001, 1.5, 2.0, 7.3, 64.0, 1000.0)
+
+
+def divergence(log_p, log_q, order, points) -> float:
+    """ln ∫ p^α q^(1−α) / (α − 1), each in mpmath with 40 digits."""
+    with mpmath.workdps(40):
+        order = mpmath.mpf(order)
+        mass = mpmath.quad(
+            lambda x: mpmath.exp(order * log_p(x) + (1 - order) * log_q(x)), sorted(points)
+        )
+        return mpmath.log(mass) / (order - 1)
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.3, 1.0, 20.0])
+def test_gaussian_equals_quadrature(noise_multiplier):
+    for order in ORDERS:
+        variance = mpmath.mpf(noise_multiplier) ** 2
+        center = mpmath.mpf(order)
+
+        def log_density(x, mean, variance=variance):
+            return -((x - mean) ** 2) / (2 * variance) - mpmath.log(2 * mpmath.pi * variance) / 2
+
+        points = [center + k * noise_multiplier for k in (-14, -6, -2, 0, 2, 6, 14)]
+        exact = divergence(lambda x: log_density(x, 1), lambda x: log_density(x, 0), order, points)
+        found = rdp.gaussian(noise_multiplier, order)[0]
+        assert abs(found / exact - 1) <= 1e-12
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.05, 0.4, 1.0, 30.0, 1e4])
+def test_laplace_equals_quadrature(noise_multiplier):
+    for order in ORDERS:
+        scale = mpmath.mpf(noise_multiplier)
+
+        def log_density(x, mean, scale=scale):
+            return -abs(x - mean) / scale - mpmath.log(2 * scale)
+
+        points = [0, 1, *(s * k for s in (scale,) for k in (-90, -30, -9, -3, -1))]
+        points += [1 + scale * k for k in (1, 3, 9, 30, 90)]
+        exact = divergence(lambda x: log_density(x, 1), lambda x: log_density(x, 0), order, points)
+        found = rdp.laplace(noise_multiplier, order)[0]
+        assert abs(found / exact - 1) <= 1e-11
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.3, 2.0])
+def test_laplace_of_a_vector_is_at_most_that_of_one_coordinate(noise_multiplier):
+    orders = np.array(ORDERS)
+    whole = rdp.laplace(noise_multiplier, orders)
+    for parts in ((0.5, 0.5), (0.9, 0.1), (0.2, 0.3, 0.5), (0.05,) * 20):
+        split = sum(rdp.laplace(noise_multiplier / part, orders) for part in parts)
+        assert (split <= whole * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.4, 0.8, 3.0])
+def test_discrete_gaussian_bounds_the_exact_sum_and_is_reached(noise_multiplier):
+    with mpmath.workdps(40):
+        variance = mpmath.mpf(noise_multiplier) ** 2
+        reach = 60 + int(60 * noise_multiplier)
+
+        def mass(x):
+            return mpmath.exp(-(mpmath.mpf(x) ** 2) / (2 * variance))
+
+        total = mpmath.fsum(mass(x) for x in range(-reach, reach + 1))
+        for order in (1.5, 2.0, 7.3, 20.0):
+            center = int(order)
+            alpha = mpmath.mpf(order)
+            moment = mpmath.fsum(
+                (mass(x - 1) / total) ** alpha * (mass(x) / total) ** (1 - alpha)
+                for x in range(center - reach, center + reach + 1)
+            )
+            exact = mpmath.log(moment) / (alpha - 1)
+            found = rdp.discrete_gaussian(noise_multiplier, order)[0]
+            assert found >= exact * (1 - mpmath.mpf(1e-15))
+            if order == int(order):  # a shifted lattice sum is the same sum: equality
+                assert abs(found / exact - 1) <= 1e-12
+
+
+@pytest.mark.parametrize("epsilon", [1e-7, 0.1, 1.0, 5.0, 50.0, 800.0])
+def test_randomized_response_equals_the_two_point_sum(epsilon):
+    with mpmath.workdps(60):
+        p = 1 / (1 + mpmath.exp(-mpmath.mpf(epsilon)))
+        q = 1 / (1 + mpmath.exp(mpmath.mpf(epsilon)))
+        for order in ORDERS:
+            alpha = mpmath.mpf(order)
+            moment = p**alpha * q ** (1 - alpha) + q**alpha * p ** (1 - alpha)
+            exact = mpmath.log(moment) / (alpha - 1)
+            found = rdp.randomized_response(epsilon, order)[0]
+            assert abs(found / exact - 1) <= 1e-12
+
+
+def test_randomized_response_bounds_every_pure_release():
+    """Random pairs whose log-ratios stay within ε never exceed the curve."""
+    rng = np.random.default_rng(0)
+    orders = np.array(ORDERS[:5])
+    for epsilon in (0.1, 1.0, 4.0):
+        curve = rdp.randomized_response(epsilon, orders)
+        for _ in range(200):
+            losses = rng.uniform(0, epsilon, size=5)
+            q = rng.dirichlet(np.ones(5))
+            ratio = np.exp(losses)
+            p = q * ratio
+            p /= p.sum()  # normalising moves the ratios by one constant: still within ε
+            for order, bound in zip(orders, curve, strict=True):
+                found = math.log(float((p**order * q ** (1 - order)).sum())) / (order - 1)
+                assert found <= bound * (1 + 1e-9)
+
+
+def test_exponential_is_the_smaller_of_both_bounds():
+    curve = rdp.exponential(2.0, 0.5, [1.1, 2.0, 100.0])
+    assert curve.tolist() == [0.55, 1.0, rdp.randomized_response(2.0, 100.0)[0]]
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.7, 3.0])
+def test_curves_agree_with_dp_accounting(noise_multiplier):
+    orders = [1.5, 2.0, 8.0, 64.0]
+    for event, curve in (
+        (dp_event.GaussianDpEvent, rdp.gaussian),
+        (dp_event.LaplaceDpEvent, rdp.laplace),
+    ):
+        accountant = RdpAccountant(orders=orders).compose(event(noise_multiplier))
+        rival = accountant.get_epsilon_and_optimal_order  # converts by the same formula as ours
+        ours = curve(noise_multiplier, orders)
+        log_delta = math.log(1e-5)
+        expected = min(
+            r + math.log1p(-1 / a) - (log_delta + math.log(a)) / (a - 1)
+            for a, r in zip(orders, ours, strict=True)
+        )
+        assert abs(rival(1e-5)[0] / max(expected, 0) - 1) <= 1e-9
+
+
+def test_zero_noise_and_infinite_bounds_cost_infinity():
+    orders = np.array([1.5, 1e6])
+    for curve in (
+        rdp.gaussian(0.0, orders),
+        rdp.laplace(0.0, orders),
+        rdp.discrete_gaussian(0.0, orders),
+        rdp.gaussian(1e-200, orders),
+        rdp.laplace(5e-324, orders),
+        rdp.zcdp(math.inf, orders),
+        rdp.randomized_response(math.inf, orders),
+        rdp.exponential(math.inf, math.inf, orders),
+    ):
+        assert (curve == math.inf).all()
+
+
+def test_curves_never_shrink_with_the_order_and_are_never_nan():
+    orders = np.concatenate([1 + np.logspace(-12, 0, 50), np.logspace(0.4, 12, 100)])
+    for curve in (
+        *(rdp.gaussian(s, orders) for s in (1e-3, 1.0, 1e3)),
+        *(rdp.laplace(s, orders) for s in (1e-3, 1.0, 1e3, 1e8)),
+        *(rdp.randomized_response(e, orders) for e in (1e-9, 1e-3, 1.0, 40.0, 900.0, 1e5)),
+    ):
+        assert np.isfinite(curve).all()
+        assert (np.diff(curve) >= -1e-9 * curve[1:]).all()
+        assert (curve > 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1.0, -math.inf])
+def test_curves_refuse_nan_and_negatives(bad):
+    for call in (
+        lambda: rdp.gaussian(bad, 2.0),
+        lambda: rdp.laplace(bad, 2.0),
+        lambda: rdp.discrete_gaussian(bad, 2.0),
+        lambda: rdp.zcdp(bad, 2.0),
+        lambda: rdp.randomized_response(bad, 2.0),
+        lambda: rdp.exponential(bad, 1.0, 2.0),
+        lambda: rdp.exponential(1.0, bad, 2.0),
+        lambda: rdp.gaussian(1.0, bad),
+        lambda: rdp.gaussian(1.0, [2.0, bad]),
+    ):
+        with pytest.raises(ValueError, match="Expected"):
+            call()
+
+
+@pytest.mark.parametrize("orders", [[], [1.0], [0.5], [math.inf], [2.0, 1.0]])
+def test_check_orders_refuses_what_is_no_order(orders):
+    with pytest.raises(ValueError, match="order"):
+        rdp.check_orders(orders)

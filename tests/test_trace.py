@@ -1,0 +1,167 @@
+"""Reading the releases of a function from its jaxpr, through every transformation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from dpfa_jax import _primitives, accounting
+from dpfa_jax.accounting import Composed, Gaussian, Laplace, NoRelease, Repeated
+
+ONE, TWO = Gaussian(2.0, 10), Laplace(3.0)
+SPEC = jax.ShapeDtypeStruct((4,), jnp.float32)
+
+
+def one(x):
+    return _primitives.private_release(jnp.sin(x), ONE)
+
+
+def two(x):
+    return _primitives.private_release(x, TWO)
+
+
+def mesh(*sizes):
+    names = tuple("abc"[: len(sizes)])
+    count = int(np.prod(sizes))
+    return Mesh(np.array(jax.devices()[:count]).reshape(sizes), names)
+
+
+CASES = {
+    "no release": (jnp.sin, 0),
+    "one call": (one, 1),
+    "jit": (jax.jit(one), 1),
+    "jit in jit": (jax.jit(lambda x: jax.jit(one)(x) + 1), 1),
+    "twice": (lambda x: one(one(x)), 2),
+    "checkpoint": (jax.checkpoint(one), 1),
+    "vmap": (jax.vmap(one), 4),
+    "nested vmap": (lambda x: jax.vmap(jax.vmap(one))(jnp.zeros((2, 3)) + x[0]), 6),
+    "vmap out of another axis": (lambda x: jax.vmap(one, in_axes=1)(jnp.ones((2, 5)) * x[0]), 5),
+    "scan": (lambda x: jax.lax.map(one, x), 4),
+    "vmap of scan": (lambda x: jax.vmap(lambda y: jax.lax.map(one, y))(jnp.ones((3, 4)) * x), 12),
+    "scan of scan": (
+        lambda x: jax.lax.map(lambda y: jax.lax.map(one, y), jnp.ones((5, 4)) * x),
+        20,
+    ),
+    "empty scan": (lambda x: jax.lax.map(one, x[:0]), 0),
+    "fori_loop": (lambda x: jax.lax.fori_loop(0, 3, lambda _, y: one(y), x), 3),
+    "all branches of cond": (
+        lambda x: jax.lax.cond(x[0] > 0, one, lambda y: one(one(y)), x),
+        3,
+    ),
+    "all branches of switch": (lambda x: jax.lax.switch(1, [one, one, jnp.sin], x), 2),
+    "grad": (jax.grad(lambda x: one(x).sum()), 1),
+    "value_and_grad in scan": (
+        lambda x: jax.lax.map(jax.value_and_grad(lambda y: one(y)), x),
+        4,
+    ),
+    "linearize": (lambda x: jax.linearize(one, x)[0], 1),
+    "jvp": (lambda x: jax.jvp(one, (x,), (x,))[1], 1),
+    "shard_map": (
+        jax.shard_map(one, mesh=mesh(4), in_specs=PartitionSpec("a"), out_specs=PartitionSpec("a")),
+        4,
+    ),
+    "shard_map over two axes": (
+        jax.shard_map(
+            one, mesh=mesh(2, 4), in_specs=PartitionSpec("a"), out_specs=PartitionSpec("a")
+        ),
+        8,
+    ),
+    "shard_map over one of two axes": (
+        jax.jit(
+            jax.shard_map(
+                one,
+                mesh=mesh(2, 4),
+                in_specs=PartitionSpec("a"),
+                out_specs=PartitionSpec("a"),
+                axis_names={"a"},
+            )
+        ),
+        2,
+    ),
+    "pmap": (jax.pmap(one), 4),
+    "scan in shard_map": (
+        jax.shard_map(
+            lambda x: jax.lax.map(one, x),
+            mesh=mesh(2),
+            in_specs=PartitionSpec("a"),
+            out_specs=PartitionSpec("a"),
+        ),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_events_counts_releases(name):
+    fn, count = CASES[name]
+    expected = NoRelease() if count == 0 else ONE if count == 1 else Repeated(ONE, count)
+    assert accounting.events(fn, SPEC) == expected
+
+
+def test_events_sees_through_custom_derivatives():
+    @jax.custom_vjp
+    def private(x):
+        return one(x)
+
+    private.defvjp(lambda x: (one(x), x), lambda x, g: (two(g) * x,))
+
+    @jax.custom_jvp
+    def tangent(x):
+        return one(x)
+
+    tangent.defjvps(lambda t, answer, x: t)
+    assert accounting.events(private, SPEC) == ONE
+    assert accounting.events(tangent, SPEC) == ONE
+    assert accounting.events(jax.vmap(private), SPEC) == Repeated(ONE, 4)
+    # A release in the backward pass is a release.
+    both = accounting.events(jax.grad(lambda x: private(x).sum()), SPEC)
+    assert both == Composed((ONE, TWO))
+
+
+def test_events_keeps_different_releases_apart():
+    found = accounting.events(lambda x: two(jax.vmap(one)(x)), SPEC)
+    assert found == Composed((Repeated(ONE, 4), TWO))
+
+
+def test_events_takes_pytrees_and_keywords():
+    def fn(batch, *, weights):
+        return one(batch["x"]) + weights
+
+    assert accounting.events(fn, {"x": SPEC}, weights=SPEC) == ONE
+
+
+def test_events_refuses_releases_that_may_repeat_without_end():
+    loop = lambda x: jax.lax.while_loop(lambda y: y[0] > 0, one, x)  # noqa: E731
+    with pytest.raises(ValueError, match="while"):
+        accounting.events(loop, SPEC)
+    with pytest.raises(ValueError, match="while"):
+        accounting.events(lambda x: jax.lax.while_loop(lambda y: one(y)[0] > 0, jnp.sin, x), SPEC)
+    with pytest.raises(ValueError, match="fori_loop"):
+        accounting.events(
+            lambda x: jax.lax.fori_loop(0, x[0].astype(int), lambda _, y: one(y), x), SPEC
+        )
+    # Without a release a while loop is nobody's business.
+    free = lambda x: jax.lax.while_loop(lambda y: y[0] > 0, jnp.sin, one(x))  # noqa: E731
+    assert accounting.events(free, SPEC) == ONE
+
+
+def test_events_refuses_primitives_it_does_not_know():
+    def solve(x):
+        return jax.lax.custom_linear_solve(lambda y: 2 * y, x, lambda _, b: one(b))
+
+    with pytest.raises(ValueError, match="custom_linear_solve"):
+        accounting.events(solve, SPEC)
+
+
+def test_events_refuses_a_release_without_an_accounting_event():
+    with pytest.raises(TypeError, match="event"):
+        accounting.events(lambda x: _primitives.private_release(x, "gaussian"), SPEC)
+
+
+def test_events_runs_nothing():
+    def fn(x):
+        jax.debug.callback(lambda: (_ for _ in ()).throw(RuntimeError("ran")))
+        return one(x)
+
+    assert accounting.events(fn, SPEC) == ONE
