@@ -1,4 +1,4 @@
-"""Two JAX primitives that keep noise and accounts right under transformations.
+"""Three JAX primitives that keep noise, accounts and precision right under transformations.
 
 `stream_key`, on key data of shape (..., 8): the key of one call. Under `vmap` an unbatched key
 would give every example the same noise, and the difference of two outputs would cancel it. This
@@ -8,9 +8,15 @@ keys equals a loop over them.
 
 `private_release`: the identity, with the event that the value is charged as, so that
 `accounting.events` finds the releases in a jaxpr and knows how often each happens.
+
+`wide`: a float64 computation inside float32 code. Tracing under `jax.enable_x64` alone is not
+enough: `vmap` of a jitted function rewrites its jaxpr outside that context and JAX then truncates
+products to float32, with a warning, which for S5 is a broken guarantee. A primitive stays closed
+until it is lowered.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -128,3 +134,77 @@ def private_release(value: Any, event: Hashable) -> jax.Array:
       event: a frozen accounting event.
     """
     return private_release_p.bind(value, event=event, count=1)
+
+
+# wide -------------------------------------------------------------------------------------------
+
+wide_p = Primitive("private_wide")
+wide_p.multiple_results = True
+
+
+def _wide_run(*leaves, fun, static, tree, depth):
+    def one(*leaves):
+        return tuple(jax.tree.leaves(fun(jax.tree.unflatten(tree, leaves), static)))
+
+    for _ in range(depth):
+        one = jax.vmap(one)
+    return one(*leaves)
+
+
+def _wide_abstract(*avals, **params):
+    with jax.enable_x64(True):
+        specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+        shapes = jax.eval_shape(partial(_wide_run, **params), *specs)
+    results = []
+    for shape in shapes:
+        spec = jax.sharding.PartitionSpec(*(None,) * len(shape.shape))
+        sharding = jax.sharding.NamedSharding(avals[0].sharding.mesh, spec)
+        aval = avals[0].update(
+            shape=shape.shape, dtype=shape.dtype, weak_type=False, sharding=sharding
+        )
+        results.append(aval)
+    return results
+
+
+def _wide_lower(context, *args, **params):
+    with jax.enable_x64(True):
+        return mlir.lower_fun(partial(_wide_run, **params))(context, *args)
+
+
+def _wide_batch(operands, dims, *, depth, **params):
+    size = next(x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None)
+    operands = [
+        jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+        for x, dim in zip(operands, dims, strict=True)
+    ]
+    out = wide_p.bind(*operands, depth=depth + 1, **params)
+    return out, [0] * len(out)
+
+
+@lru_cache(maxsize=64)
+def _wide_jitted(params):
+    return jax.jit(lambda *leaves: wide_p.bind(*leaves, **dict(params)))
+
+
+wide_p.def_impl(lambda *leaves, **params: _wide_jitted(tuple(params.items()))(*leaves))
+wide_p.def_abstract_eval(_wide_abstract)
+batching.primitive_batchers[wide_p] = _wide_batch
+mlir.register_lowering(wide_p, _wide_lower)
+
+
+def wide(fun: Callable, operands: Any, static: Hashable) -> tuple:
+    """The leaves of fun(operands, static), computed where float64 means float64.
+
+    Args:
+      fun: a module-level function that casts what it needs to float64 and returns float32 or
+        integer arrays only.
+      operands: a pytree of arrays of at most 32 bits an element.
+      static: a hashable argument.
+
+    Returns:
+      The output's leaves. They have no derivative: call it inside a `custom_vjp`, or on operands
+      behind `stop_gradient`.
+    """
+    leaves, tree = jax.tree.flatten(operands)
+    leaves = vary_alike(*leaves)
+    return tuple(wide_p.bind(*leaves, fun=fun, static=static, tree=tree, depth=0))

@@ -11,7 +11,6 @@ has norm u_j‖a_j‖ ≤ C in the process's own norm and the noise has covarian
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -188,7 +187,6 @@ def _by_query(array: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return jnp.moveaxis(array, 1, 3).reshape(batch, length, heads, *rest)
 
 
-@functools.partial(jax.jit, static_argnames="process")
 def forward(operands: Operands, process: Process) -> tuple[jax.Array, jax.Array]:
     """Noisy sums of one call, rounded to float32 after the noise: (N, D) in unit-diagonal form.
 
@@ -200,6 +198,10 @@ def forward(operands: Operands, process: Process) -> tuple[jax.Array, jax.Array]
       N (B, T, N, h) and D (B, T, N); NaN for a query beyond `MAX_SQUARE`, and for every query of a
       memory whose covariance has no certificate.
     """
+    return _primitives.wide(_wide_forward, operands, process)  # pyright: ignore
+
+
+def _wide_forward(operands: Operands, process: Process) -> tuple[jax.Array, jax.Array]:
     shape = operands.query.shape[:3]
     kv_heads, memories = operands.key.shape[2], operands.key.shape[0]
     columns = operands.value.shape[3] + 1
@@ -211,35 +213,34 @@ def forward(operands: Operands, process: Process) -> tuple[jax.Array, jax.Array]
         jnp.arange(rows)[None, None, :],
         columns,
     )
-    with jax.enable_x64(True):
-        wide = jnp.float64
-        query = _by_memory(operands.query.astype(wide), kv_heads, memories) / process.key_scale
-        key = jnp.swapaxes(operands.key.astype(wide), 1, 2) * process.key_scale
-        value = jnp.swapaxes(operands.value.astype(wide), 1, 2)
-        usable = squares(query, process.gamma) <= MAX_SQUARE
-        query = jnp.where(usable[..., None], query, 0.0)
-        log_weights = log_record_weights(key, value, process)
-        log_weights += jnp.swapaxes(operands.base_log_weights.astype(wide), 1, 2)
-        gram = kernel(query, query, process.gamma)
-        same = None
-        if operands.query_segments is not None:
-            segments = jnp.broadcast_to(operands.query_segments[:, :, None], shape)
-            segments = _by_memory(segments, kv_heads, memories)
-            gram = jnp.where(segments[..., :, None] == segments[..., None, :], gram, 0.0)
-            keys = operands.key_segments[:, None, :]
-            same = (segments, jnp.broadcast_to(keys, (memories, kv_heads, keys.shape[2])))
-        lower, certified = factor(gram, process)
-        noise = jnp.einsum(
-            "...ij,...jc->...ic", lower, unit.astype(wide), precision=lax.Precision.HIGHEST
-        )
-        total = sums(query, key, value, log_weights, process, same)
-        spread = jnp.full(columns, process.noise_std, wide)
-        if process.denominator_weight > 0:
-            spread = spread.at[-1].divide(process.denominator_weight)
-        noisy = total + spread * noise
-        if process.denominator_weight == 0:
-            noisy = noisy.at[..., -1].set(process.floor)  # the denominator is not released
-        good = usable & certified[..., None]
-        noisy = jnp.where(good[..., None], noisy, jnp.nan)
-        noisy = _by_query(noisy, shape).astype(jnp.float32)
+    wide = jnp.float64
+    query = _by_memory(operands.query.astype(wide), kv_heads, memories) / process.key_scale
+    key = jnp.swapaxes(operands.key.astype(wide), 1, 2) * process.key_scale
+    value = jnp.swapaxes(operands.value.astype(wide), 1, 2)
+    usable = squares(query, process.gamma) <= MAX_SQUARE
+    query = jnp.where(usable[..., None], query, 0.0)
+    log_weights = log_record_weights(key, value, process)
+    log_weights += jnp.swapaxes(operands.base_log_weights.astype(wide), 1, 2)
+    gram = kernel(query, query, process.gamma)
+    same = None
+    if operands.query_segments is not None:
+        segments = jnp.broadcast_to(operands.query_segments[:, :, None], shape)
+        segments = _by_memory(segments, kv_heads, memories)
+        gram = jnp.where(segments[..., :, None] == segments[..., None, :], gram, 0.0)
+        keys = operands.key_segments[:, None, :]
+        same = (segments, jnp.broadcast_to(keys, (memories, kv_heads, keys.shape[2])))
+    lower, certified = factor(gram, process)
+    noise = jnp.einsum(
+        "...ij,...jc->...ic", lower, unit.astype(wide), precision=lax.Precision.HIGHEST
+    )
+    total = sums(query, key, value, log_weights, process, same)
+    spread = jnp.full(columns, process.noise_std, wide)
+    if process.denominator_weight > 0:
+        spread = spread.at[-1].divide(process.denominator_weight)
+    noisy = total + spread * noise
+    if process.denominator_weight == 0:
+        noisy = noisy.at[..., -1].set(process.floor)  # the denominator is not released
+    good = usable & certified[..., None]
+    noisy = jnp.where(good[..., None], noisy, jnp.nan)
+    noisy = _by_query(noisy, shape).astype(jnp.float32)
     return noisy[..., :-1], noisy[..., -1]

@@ -46,16 +46,16 @@ def softmax_output(
     Args:
       value_bound: Cv, bound on the norm of every value row, > 0.
       score_bound: B, bound on every |score|, ≥ 0.
-      rows: how many rows each released output sees, the changed ones included: one count per
-        (query, head), or one int for a single output. Counts are public, and lower bounds: a row
-        that may be NULL must not be counted.
+      rows: n, how many rows each released output sees, the changed ones included: one count per
+        (query, head), or one int for a single output. A count is public and a lower bound on the
+        rows that are not NULL: where records may be missing or not finite, it is not the length of
+        the array.
       changed_rows: r, how many rows one neighbour changes or removes, ≥ 1.
       public_weight: W₀ ≥ 0, softmax weight of a public part with mean of norm ≤ Cv.
 
     Returns:
-      2·√(Σ (Cv·π)²) with π = r/(r + W₀e^(−B) + (n−r)e^(−2B)): equality for one output with
-      n = r or W₀ = 0, otherwise an upper bound. It does not shrink for the row of a query that is
-      itself private: queries are public.
+      2·√(Σ (Cv·π)²) with π = r/(r + W₀e^(−B) + (n−r)e^(−2B)). Equality under REPLACE_ONE of r
+      rows whose scores are free in the box; upper bound where rows become NULL.
 
     Guarantee: S1 (sensitivity.md).
 
@@ -287,8 +287,6 @@ def default_denominator_weight(
     Returns:
       Cv·d^(−1/4), which minimises the linearised error of the ratio; REPLACE_ONE √3·Cv, the
       largest c that costs nothing.
-
-    Guarantee: S2 (sensitivity.md).
 
     Example:
       >>> from dpfa_jax.adjacency import ZERO_OUT
