@@ -152,6 +152,7 @@ def _decorators(node: ast.FunctionDef | ast.ClassDef) -> set[str]:
 
 
 def _parameters(promise: Promise) -> list[str]:
+    assert isinstance(promise.node, ast.FunctionDef)
     given = promise.node.args
     names = [arg.arg for arg in [*given.posonlyargs, *given.args, *given.kwonlyargs]]
     names += [extra.arg for extra in (given.vararg, given.kwarg) if extra]
@@ -173,7 +174,8 @@ def _fields(node: ast.ClassDef) -> list[str]:
 
 def _own_statements(node: ast.FunctionDef) -> list[ast.AST]:
     """The statements of a function, without those of functions inside it."""
-    found, waiting = [], list(node.body)
+    found: list[ast.AST] = []
+    waiting: list[ast.AST] = list(node.body)
     while waiting:
         statement = waiting.pop()
         found.append(statement)
