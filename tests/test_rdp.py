@@ -154,6 +154,17 @@ def test_zero_noise_and_infinite_bounds_cost_infinity():
         assert (curve == math.inf).all()
 
 
+def test_curves_of_tiny_costs_are_not_zero():
+    orders = np.array([1.001, 2.0])
+    for curve in (
+        rdp.gaussian(1e200, orders),
+        rdp.laplace(1e200, orders),
+        rdp.randomized_response(1e-200, orders),
+    ):
+        assert (curve > 0.0).all()
+    assert (rdp.randomized_response(0.0, orders) == 0.0).all()
+
+
 def test_curves_never_shrink_with_the_order_and_are_never_nan():
     orders = np.concatenate([1 + np.logspace(-12, 0, 50), np.logspace(0.4, 12, 100)])
     for curve in (

@@ -25,7 +25,7 @@ def noise_multiplier(
     Raises:
       ValueError: for NaN, an argument outside its range, or a target that the cut-off alone spends.
 
-    Guarantee: E1 (charge.md).
+    Guarantee: K1 (calibrate.md), E1 (charge.md).
 
     Example:
       >>> round(noise_multiplier(epsilon=1.0, delta=1e-5), 3)

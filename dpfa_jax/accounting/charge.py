@@ -91,7 +91,7 @@ def _rdp(leaves: Mapping[Event, int], orders: rdp.Curve) -> rdp.Curve:
         curve = _leaf_rdp(leaf, orders)
         with np.errstate(invalid="ignore", over="ignore"):
             total += np.where(curve == 0.0, 0.0, curve * _float(count))
-    return total * (1.0 + 2.0**-52 * (2.0 + len(leaves)))
+    return total * (1.0 + 2.0**-52 * (16.0 + len(leaves)))
 
 
 def rdp_curve(event: Event, orders: ArrayLike = rdp.DEFAULT_ORDERS) -> rdp.Curve:
@@ -111,7 +111,7 @@ def rdp_curve(event: Event, orders: ArrayLike = rdp.DEFAULT_ORDERS) -> rdp.Curve
       TypeError: if `event` is not an event.
       ValueError: for orders not above 1.
 
-    Guarantee: R1-R5 (rdp.md).
+    Guarantee: E1 (charge.md).
     """
     return _rdp(events_lib.leaves(event), rdp.check_orders(orders))
 
@@ -128,7 +128,7 @@ def mu(event: Event) -> float:
     Raises:
       TypeError: if `event` is not an event.
 
-    Guarantee: G2 (gdp.md).
+    Guarantee: G2 (gdp.md), E1 (charge.md).
 
     Example:
       >>> from dpfa_jax.accounting import event

@@ -121,7 +121,7 @@ def epsilon(curve: Callable[[rdp.Curve], rdp.Curve], delta: float) -> float:
 
     Example:
       >>> round(epsilon(lambda orders: rdp.gaussian(3.731, orders), 1e-5), 3)
-      1.142
+      1.092
     """
     return _minimum(lambda orders: epsilons(orders, curve(orders), delta))
 
@@ -164,7 +164,7 @@ def zcdp_epsilon(rho: float, delta: float) -> float:
 
     Example:
       >>> round(zcdp_epsilon(0.5, 1e-5), 3)
-      4.721
+      4.728
     """
     rho = _check.real("rho", rho, low=0, finite=False)
     return epsilon(lambda orders: rdp.zcdp(rho, orders), delta)
@@ -178,10 +178,12 @@ def zcdp_rho(epsilon: float, delta: float) -> float:
       delta: target, in [0, 1).
 
     Returns:
-      Rounded down: `zcdp_epsilon(result, delta) <= epsilon`. 0 where nothing else is certified.
+      The private side: `zcdp_epsilon(result, delta) <= epsilon`. 0 where nothing else is certified.
 
     Raises:
       ValueError: for NaN or an argument outside its range.
+
+    Guarantee: C1 (convert.md).
     """
     target = _check.real("epsilon", epsilon, low=0)
     tolerance = _check.real("delta", delta, low=0, high=1, open_high=True)

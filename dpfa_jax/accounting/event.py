@@ -160,6 +160,13 @@ class Repeated(Event):
 def check_event(name: str, value: Any) -> Event:
     """The value if it is an event.
 
+    Args:
+      name: the argument's name as the caller wrote it.
+      value: anything.
+
+    Returns:
+      The value itself.
+
     Raises:
       TypeError: otherwise; a class or a string is not an event.
     """

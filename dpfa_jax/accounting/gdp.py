@@ -17,7 +17,7 @@ from dpfa_jax import _check
 _EPS = 2.0**-52
 _TINY = 5e-324
 _LOG_ROOT_TWO_PI = 0.5 * math.log(2.0 * math.pi)
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
+_RULE = np.polynomial.legendre.leggauss(24)
 
 RADIUS_BITS = 40
 """Bits of the Box-Muller radius of `dpfa_jax.random`: the noise ends at √(80 ln 2) = 7.45σ."""
@@ -42,7 +42,8 @@ def _log_mills_drop(low: float, mu: float, high: float) -> float:
     """ln(m(low) − m(high)) for high = low + mu, relatively exact for small mu too."""
     if mu > 0.25 * max(1.0, abs(low)):
         return math.log(_mills(low) - _mills(high))
-    slope = float(_WEIGHTS @ _mills_slope(low + 0.5 * mu * (1.0 + _NODES)))
+    nodes, weights = _RULE
+    slope = float(weights @ _mills_slope(low + 0.5 * mu * (1.0 + nodes)))
     return math.log(0.5 * mu) + math.log(slope)
 
 

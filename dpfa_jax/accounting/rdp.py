@@ -14,6 +14,9 @@ from dpfa_jax import _check
 
 Curve = NDArray[np.float64]
 
+_TINY = 5e-324
+_UP = 1.0 + 2.0**-46
+
 DEFAULT_ORDERS: Curve = np.concatenate(
     [1.0 + np.logspace(-3.0, 0.0, 40, endpoint=False), np.logspace(math.log10(2.0), 6.0, 120)]
 )
@@ -23,8 +26,16 @@ DEFAULT_ORDERS: Curve = np.concatenate(
 def check_orders(orders: ArrayLike) -> Curve:
     """The orders as a float64 array with at least one axis.
 
+    Args:
+      orders: > 1 and finite, at least one.
+
+    Returns:
+      The same numbers.
+
     Raises:
       ValueError: if one is NaN, infinite or at most 1, or if there are none.
+
+    Guarantee: R1 (rdp.md).
     """
     array = np.atleast_1d(np.asarray(orders, dtype=np.float64))
     if array.size == 0:
@@ -70,7 +81,7 @@ def gaussian(noise_multiplier: float, orders: ArrayLike) -> Curve:
 
 def _zcdp_of_gaussian(noise_multiplier: float) -> float:
     square = 2.0 * noise_multiplier * noise_multiplier
-    return math.inf if square == 0.0 else 1.0 / square
+    return math.inf if square == 0.0 else max(1.0 / square, _TINY)
 
 
 def discrete_gaussian(noise_multiplier: float, orders: ArrayLike) -> Curve:
@@ -99,6 +110,7 @@ def zcdp(rho: float, orders: ArrayLike) -> Curve:
     Returns:
       The bound that zCDP means, one value per order.
 
+    Guarantee: R1 (rdp.md).
     Source: Bun and Steinke 2016, arXiv:1605.02065, Definition 1.1.
     """
     rho = _check.real("rho", rho, low=0, finite=False)
@@ -122,7 +134,7 @@ def laplace(noise_multiplier: float, orders: ArrayLike) -> Curve:
 
     Example:
       >>> laplace(1.0, 2.0).round(6).tolist()
-      [0.619149]
+      [0.619124]
     """
     multiplier = _check.real("noise_multiplier", noise_multiplier, low=0)
     orders = check_orders(orders)
@@ -137,7 +149,7 @@ def laplace(noise_multiplier: float, orders: ArrayLike) -> Curve:
     # Beyond e^30 the second exponential and both −1 are below half an ulp of the first.
     far = up + np.log(orders) - np.log(2.0 * orders - 1.0) + 1e-13
     logarithm = np.where(up > 30.0, far, logarithm)
-    return np.minimum(logarithm / (orders - 1.0), x)
+    return np.minimum(np.maximum(logarithm / (orders - 1.0) * _UP, _TINY), x * _UP)
 
 
 def randomized_response(epsilon: float, orders: ArrayLike) -> Curve:
@@ -170,7 +182,7 @@ def randomized_response(epsilon: float, orders: ArrayLike) -> Curve:
         logarithm = np.log1p(excess + math.tanh(0.5 * epsilon) * up)
     far = up - math.log1p(math.exp(-epsilon)) + 1e-13  # the other term is below half an ulp
     logarithm = np.where(up > 30.0, far, logarithm)
-    return np.minimum(logarithm / (orders - 1.0), epsilon)
+    return np.minimum(np.maximum(logarithm / (orders - 1.0) * _UP, min(_TINY, epsilon)), epsilon)
 
 
 def exponential(epsilon: float, rho: float, orders: ArrayLike) -> Curve:
