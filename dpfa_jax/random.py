@@ -24,6 +24,7 @@ random bits. What is not: `jax.random.normal`, even on these keys, builds its no
 use `normal` from here.
 """
 
+import functools
 import math
 import os
 import zlib
@@ -34,6 +35,7 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from dpfa_jax import _check
 
@@ -100,15 +102,21 @@ def chacha_block(
         jnp.broadcast_to(jnp.asarray(word, jnp.uint32), shape)
         for word in (*(jnp.uint32(c) for c in _CONSTANTS), *key, *address)
     )
-    if unroll:
-        state = initial
-        for _ in range(rounds // 2):
-            state = _double_round(state)
-    else:
-        # A broadcast constant does not vary over a manual mesh axis and the loop's result does.
-        token = sum((word ^ word for word in initial[4:]), jnp.zeros(shape, jnp.uint32))
-        state = tuple(word + token for word in initial)
-        state = lax.fori_loop(0, rounds // 2, lambda _, words: _double_round(words), state)
+    if not unroll:
+        return _rolled_block(initial, rounds)
+    state = initial
+    for _ in range(rounds // 2):
+        state = _double_round(state)
+    return tuple(a + b for a, b in zip(state, initial, strict=True))
+
+
+# Jitted here, so that an eager caller compiles the loop once for each shape, not at every call.
+@functools.partial(jax.jit, static_argnames="rounds")
+def _rolled_block(initial: Words, rounds: int) -> Words:
+    # A broadcast constant does not vary over a manual mesh axis and the loop's result does.
+    token = sum((word ^ word for word in initial[5:]), initial[4] ^ initial[4])
+    state = tuple(word + token for word in initial)
+    state = lax.fori_loop(0, rounds // 2, lambda _, words: _double_round(words), state)
     return tuple(a + b for a, b in zip(state, initial, strict=True))
 
 
@@ -152,8 +160,9 @@ def _address(first, second, third, domain: int, head=0) -> Words:
     return (_u32(first), _u32(second), _u32(third), tagged)
 
 
+@functools.partial(jax.jit, static_argnames="columns")
 def matrix_normals(
-    data: jax.Array, batch: jax.Array, head: jax.Array, row: jax.Array, columns: int
+    data: jax.Array, batch: ArrayLike, head: ArrayLike, row: ArrayLike, columns: int
 ) -> jax.Array:
     """The normals of whole rows: element (batch, head, row, column) of the noise field.
 
@@ -181,7 +190,8 @@ def matrix_normals(
     return noise.reshape(*noise.shape[:-4], chunks * pairs * lanes * 2)[..., :columns]
 
 
-def row_normals(data: jax.Array, batch: jax.Array, head: jax.Array, rows: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="rows")
+def row_normals(data: jax.Array, batch: ArrayLike, head: ArrayLike, rows: int) -> jax.Array:
     """One normal per row: element (batch, head, row) of a noise field apart from the matrix one.
 
     Args:
@@ -276,7 +286,7 @@ def _typed(rng: Any) -> jax.Array:
     raise TypeError(_REFUSAL.format(got=repr(rng), hint=hint))
 
 
-def key_data(rng: jax.Array) -> jax.Array:
+def key_data(rng: Any) -> jax.Array:
     """The 256-bit key behind a typed JAX key, as uint32[8].
 
     Keys of this library's implementation give their data. Any other typed key is expanded: the
@@ -337,7 +347,7 @@ def secure_key() -> jax.Array:
     return key
 
 
-def split(rng: jax.Array, num: int | Sequence[int] = 2) -> jax.Array:
+def split(rng: Any, num: int | Sequence[int] = 2) -> jax.Array:
     """New independent typed keys of this library's implementation.
 
     Args:
@@ -348,7 +358,7 @@ def split(rng: jax.Array, num: int | Sequence[int] = 2) -> jax.Array:
     return wrap_key_data(_split(key_data(rng), shape))
 
 
-def fold_in(rng: jax.Array, data: Any) -> jax.Array:
+def fold_in(rng: Any, data: Any) -> jax.Array:
     """The key derived from `rng` for the 32-bit integer `data`, of this library's implementation.
 
     Args:
@@ -358,7 +368,7 @@ def fold_in(rng: jax.Array, data: Any) -> jax.Array:
     return wrap_key_data(fold_in_data(key_data(rng), _u32(data)))
 
 
-def bits(rng: jax.Array, shape: Sequence[int] = ()) -> jax.Array:
+def bits(rng: Any, shape: Sequence[int] = ()) -> jax.Array:
     """Uniform uint32 words of the given shape.
 
     Args:
@@ -368,7 +378,7 @@ def bits(rng: jax.Array, shape: Sequence[int] = ()) -> jax.Array:
     return _random_bits(key_data(rng), 32, tuple(shape))
 
 
-def normal(rng: jax.Array, shape: Sequence[int] = (), dtype: Any = jnp.float32) -> jax.Array:
+def normal(rng: Any, shape: Sequence[int] = (), dtype: Any = jnp.float32) -> jax.Array:
     """Standard normals from 64 bits a pair, element (row, column) addressed by its index.
 
     Computed in float32. The distribution ends at 7.45 standard deviations; what that costs is
