@@ -5,8 +5,8 @@
 
 Every case is measured in a process of its own, since the peak memory of a process only grows. The
 first case, a memory of 100,000 records read by 512 queries, must stay under its limit; the others
-report ratios. A process first answers a small problem, so that its peak before the case already
-holds the runtime; inputs are made before that peak is read.
+report ratios. `peak_gib` is the process's whole peak, runtime and compiler included, and
+`peak_above_inputs_gib` what running adds once inputs and compiled code are there.
 """
 
 import argparse
