@@ -17,6 +17,8 @@ from dpfa_jax import _check
 type Array = NDArray[np.float64]
 type Pair = tuple[Array, Array]
 
+_PATIENCE = 40
+
 
 class Worst(NamedTuple):
     """The most distant neighbours that an ascent found.
@@ -70,7 +72,7 @@ def sensitivity_ascent(
     Each restart draws a pair, projects it, and climbs measure(fn(left) − fn(right)) with a step
     that doubles after a success and halves after a failure. Every other step moves single
     coordinates at random instead, which leaves the flat spots and kinks (caps, clips) where the
-    gradient vanishes.
+    gradient vanishes. A restart ends early after 40 steps without a relative gain of 10⁻⁵.
 
     Args:
       fn: the map, from one data set (a float64 array of any fixed shape) to an array.
@@ -87,8 +89,6 @@ def sensitivity_ascent(
 
     Raises:
       ValueError: if fn gives a non-finite difference on a valid pair, which is itself a finding.
-
-    Guarantee: the returned distance was attained by the returned neighbours.
 
     Example:
       >>> def clip(left, right):
@@ -117,7 +117,12 @@ def sensitivity_ascent(
     for _ in range(restarts):
         left, right = settle(*sample_pair(rng))
         value, step, reach = distance(left, right), 1.0, 1.0
+        mark, gained = value, 0
         for index in range(steps):
+            if value > mark * (1 + 1e-5):
+                mark, gained = value, index
+            if index - gained > _PATIENCE:
+                break
             if index % 2 == 0:
                 slopes = (
                     gradient(left, right)

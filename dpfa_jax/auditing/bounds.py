@@ -6,7 +6,7 @@ refutes the claim; a result below it proves nothing. NumPy and SciPy only; nothi
 audited is imported.
 """
 
-import math
+from collections.abc import Callable
 
 import numpy as np
 import scipy.special
@@ -14,6 +14,8 @@ import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
 from dpfa_jax import _check
+
+type Array = NDArray[np.float64]
 
 _SELECTION_SHARE = 10
 _CANDIDATES = 199
@@ -47,33 +49,33 @@ def clopper_pearson(
     alpha = _check.real(
         "failure_probability", failure_probability, low=0, high=1, open_low=True, open_high=True
     )
+    low, high = _interval(np.array([successes]), trials, alpha)
+    return float(low[0]), float(high[0])
+
+
+def _interval(successes: NDArray[np.int64], trials: int, alpha: float):
     failures = trials - successes
-    low, high = 0.0, 1.0
-    if successes > 0:
-        low = float(scipy.stats.beta.ppf(alpha, successes, failures + 1)) * (1 - _WIDEN)
-    if failures > 0:
-        # The complement keeps its relative accuracy where the upper bound is close to 1.
-        below = float(scipy.stats.beta.ppf(alpha, failures, successes + 1)) * (1 - _WIDEN)
-        high = 1 - below
-    return low, high
+    # Each quantile is taken on the side where it is small, and kept there until the end.
+    low = scipy.stats.beta.ppf(alpha, np.maximum(successes, 1), failures + 1)
+    rest = scipy.stats.beta.ppf(alpha, np.maximum(failures, 1), successes + 1)
+    low = np.where(successes > 0, low * (1 - _WIDEN), 0.0)
+    high = 1 - np.where(failures > 0, rest * (1 - _WIDEN), 0.0)
+    return low, np.minimum(np.nextafter(high, 2.0), 1.0)
 
 
-def _normal_gap(true_positive: float, false_positive: float) -> float:
-    if not true_positive > 0 or not false_positive < 1:
-        return 0.0
-    return float(scipy.special.ndtri(true_positive) - scipy.special.ndtri(false_positive))
+def _normal_gap(true_positive: Array, false_positive: Array) -> Array:
+    """Φ⁻¹(TPR) − Φ⁻¹(FPR), and −∞ where one of them is not a test."""
+    return scipy.special.ndtri(true_positive) - scipy.special.ndtri(false_positive)
 
 
-def _log_ratio(true_positive: float, false_positive: float, delta: float) -> float:
-    best = 0.0
-    if true_positive > delta:
-        best = max(best, math.log((true_positive - delta) / false_positive))
-    if 1 - false_positive > delta and true_positive < 1:
-        best = max(best, math.log((1 - false_positive - delta) / (1 - true_positive)))
-    return best
+def _log_ratio(true_positive: Array, false_positive: Array, delta: float) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        event = np.log(np.maximum(true_positive - delta, 0)) - np.log(false_positive)
+        rest = np.log(np.maximum(1 - false_positive - delta, 0)) - np.log1p(-true_positive)
+    return np.maximum(event, rest)
 
 
-def _scores(name: str, values: ArrayLike) -> NDArray[np.float64]:
+def _scores(name: str, values: ArrayLike) -> Array:
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or scores.size < 2 * _SELECTION_SHARE:
         raise ValueError(
@@ -85,32 +87,32 @@ def _scores(name: str, values: ArrayLike) -> NDArray[np.float64]:
     return scores
 
 
-def _rates(
-    null: NDArray[np.float64],
-    alternative: NDArray[np.float64],
-    threshold: float,
-    failure_probability: float,
-) -> tuple[float, float]:
-    """(TPR lower bound, FPR upper bound) of the test score ≥ threshold."""
-    hits = int(np.count_nonzero(alternative >= threshold))
-    alarms = int(np.count_nonzero(null >= threshold))
-    low, _ = clopper_pearson(hits, alternative.size, failure_probability=failure_probability)
-    _, high = clopper_pearson(alarms, null.size, failure_probability=failure_probability)
+def _rates(null: Array, alternative: Array, thresholds: Array, alpha: float) -> tuple[Array, Array]:
+    """(TPR lower bounds, FPR upper bounds) of the tests score ≥ threshold, each at α/2."""
+    hits = alternative.size - np.searchsorted(np.sort(alternative), thresholds, side="left")
+    alarms = null.size - np.searchsorted(np.sort(null), thresholds, side="left")
+    low, _ = _interval(hits, alternative.size, alpha / 2)
+    _, high = _interval(alarms, null.size, alpha / 2)
     return low, high
 
 
-def _split_rates(scores_null: ArrayLike, scores_alternative: ArrayLike, alpha: float, gap):
+def _best_split(
+    scores_null: ArrayLike,
+    scores_alternative: ArrayLike,
+    alpha: float,
+    gap: Callable[[Array, Array], Array],
+) -> float:
+    """The gap of the rates at the threshold that a first tenth of the runs chose."""
     null = _scores("scores_null", scores_null)
     alternative = _scores("scores_alternative", scores_alternative)
-    null_cut, alternative_cut = null.size // _SELECTION_SHARE, alternative.size // _SELECTION_SHARE
-    chosen_on = null[:null_cut], alternative[:alternative_cut]
+    first, second = null.size // _SELECTION_SHARE, alternative.size // _SELECTION_SHARE
+    pooled = np.concatenate([null[:first], alternative[:second]])
     grid = np.linspace(0, 1, _CANDIDATES + 2)[1:-1]
-    pooled = np.quantile(np.concatenate(chosen_on), grid, method="higher")
-    threshold = max(
-        (float(candidate) for candidate in pooled),
-        key=lambda candidate: gap(*_rates(*chosen_on, candidate, alpha / 2)),
-    )
-    return _rates(null[null_cut:], alternative[alternative_cut:], threshold, alpha / 2)
+    candidates = np.quantile(pooled, grid, method="higher")
+    chosen = np.argmax(gap(*_rates(null[:first], alternative[:second], candidates, alpha)))
+    threshold = candidates[chosen : chosen + 1]
+    found = float(gap(*_rates(null[first:], alternative[second:], threshold, alpha))[0])
+    return max(0.0, found)
 
 
 def mu_lower_bound(
@@ -147,7 +149,7 @@ def mu_lower_bound(
     alpha = _check.real(
         "failure_probability", failure_probability, low=0, high=1, open_low=True, open_high=True
     )
-    return max(0.0, _normal_gap(*_split_rates(scores_null, scores_alternative, alpha, _normal_gap)))
+    return _best_split(scores_null, scores_alternative, alpha, _normal_gap)
 
 
 def epsilon_lower_bound(
@@ -188,7 +190,7 @@ def epsilon_lower_bound(
         "failure_probability", failure_probability, low=0, high=1, open_low=True, open_high=True
     )
 
-    def gap(true_positive: float, false_positive: float) -> float:
+    def gap(true_positive: Array, false_positive: Array) -> Array:
         return _log_ratio(true_positive, false_positive, delta)
 
-    return gap(*_split_rates(scores_null, scores_alternative, alpha, gap))
+    return _best_split(scores_null, scores_alternative, alpha, gap)
