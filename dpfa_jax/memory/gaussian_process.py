@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dpfa_jax import _check, _primitives, accounting, clipping, random, reference, releases
+from dpfa_jax import _check, _primitives, clipping, random, reference, releases
 from dpfa_jax import gaussian_process as gp
 from dpfa_jax._typing import Spec
+from dpfa_jax.accounting.event import Event
 from dpfa_jax.memory import history, rows
 
 
@@ -51,26 +52,6 @@ class GaussianProcessState(NamedTuple):
 
     def __repr__(self):
         return f"{type(self).__name__}(private)"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    mechanism: releases.GaussianProcessNoise
-    call: releases.Call
-    scale: float
-
-    @property
-    def process(self) -> gp.Process:
-        return self.mechanism.process(self.call, gamma=self.scale)
-
-    @property
-    def event(self) -> accounting.event.Event:
-        shape = self.call.keys, self.call.kv_heads
-        return self.mechanism.event(
-            (1, self.call.queries, self.call.heads, self.call.query_dim),
-            (1, *shape, self.call.query_dim),
-            (1, *shape, self.call.value_dim),
-        )
 
 
 @functools.partial(
@@ -143,7 +124,7 @@ class GaussianProcessMemory:
         call = rows.lifetime(key, value, capacity)
         scale = call.query_dim**-0.5 if scale is None else scale
         scale = _check.real("scale", scale, low=0, open_low=True)
-        settings = _Settings(mechanism, call, scale)
+        settings = rows.Life(mechanism, call, scale)
         data = _primitives.stream_key(data, key, value, log_weights)
         if mechanism.adjacency.kind == "REPLACE_ONE":
             value = clipping.clip_rows(value, mechanism.value_bound)
@@ -164,7 +145,7 @@ class GaussianProcessMemory:
         return cls(GaussianProcessState(*_primitives.vary_alike(*state)), settings)
 
     @property
-    def event(self) -> accounting.event.Event:
+    def event(self) -> Event:
         """What the memory's whole life is charged as: `capacity` queries, however few are asked."""
         return self.settings.event
 
@@ -290,22 +271,22 @@ def _append(operands: tuple, process: gp.Process) -> tuple[jax.Array, ...]:
 
 @functools.partial(jax.jit, static_argnames="settings")
 def _attend(state, query, finite, settings):
-    process, call = settings.process, settings.call
+    call = settings.call
+    process = settings.mechanism.process(call, gamma=settings.scale)
     batch, length, heads, width = query.shape
-    grouped = query.astype(jnp.float32)
-    grouped = grouped.reshape(batch * length, call.kv_heads, heads // call.kv_heads, width)
-    grouped = jnp.swapaxes(grouped, 1, 2).reshape(-1, call.kv_heads, width)  # (m, K, H)
-    new = grouped.shape[0]
-    before = history.guard(state.secret_history, grouped)
-    after = history.extend(state.secret_key, before, grouped.reshape(new, -1))
+    wide = query.astype(jnp.float32)
+    before = history.guard(state.secret_history, wide)
+    after = history.extend(state.secret_key, before, wide)
+    asked = wide.reshape(batch * length, call.kv_heads, heads // call.kv_heads, width)
+    asked = jnp.moveaxis(asked, 1, 0).reshape(call.kv_heads, -1, width)  # (K, m, H)
+    new = asked.shape[1]
     unit = random.matrix_normals(
-        after[None, :, None, :],
+        after,
         jnp.uint32(0),
         jnp.arange(call.kv_heads)[:, None],
         state.count + jnp.arange(new)[None, :],
         call.value_dim + 1,
     )
-    asked = jnp.swapaxes(grouped, 0, 1)
     noisy, asked, high, low, error, certified = _primitives.wide(
         _append, (state, asked, unit), process
     )
@@ -321,12 +302,12 @@ def _attend(state, query, finite, settings):
         lower_high=write(state.lower_high, high),
         lower_low=write(state.lower_low, low),
         secret_noise=write(state.secret_noise, unit),
-        secret_history=jnp.where(good, after[-1], before),
+        secret_history=jnp.where(good, after, before),
         count=jnp.where(good, state.count + new, state.count),
         error=jnp.where(good, error, state.error),
     )
-    noisy = jnp.swapaxes(noisy, 0, 1).reshape(batch * length, -1, call.kv_heads, noisy.shape[-1])
-    noisy = jnp.swapaxes(noisy, 1, 2).reshape(batch, length, heads, -1)
+    noisy = noisy.reshape(call.kv_heads, batch * length, heads // call.kv_heads, -1)
+    noisy = jnp.moveaxis(noisy, 0, 1).reshape(batch, length, heads, -1)
     spec = Spec(
         scale=settings.scale,
         score_cap=None,

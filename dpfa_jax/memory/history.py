@@ -3,19 +3,21 @@
 A memory that answers adaptive queries is a value, and a value can be used twice: a restored
 checkpoint, a forgotten return value, a shard. If the noise of the i-th query were a function of the
 key and i alone, two such forks would answer different queries under one noise, whose difference
-cancels it. Here it is a function of the key and of every query bit up to the i-th: forks share the
-noise of the queries they have in common and nothing else, and a fork costs as much as one more
-memory, no more (M1 in history.md).
+cancels it. Here it is a function of the key and of every query bit asked so far, step by step:
+forks share the noise of the steps they have in common and nothing else, and a fork costs as much as
+one more memory, no more (M1 in history.md).
 
 Forks that can be seen are refused: an old value used again outside `jit`, a memory captured by a
 traced function, queries batched by `vmap` or sharded where the memory is not.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -50,34 +52,38 @@ def start(data: jax.Array) -> jax.Array:
     return random.fold_in_data(data, jnp.uint32(_START))
 
 
-def extend(data: jax.Array, history: jax.Array, rows: jax.Array) -> jax.Array:
-    """The histories after each of some query rows.
+def extend(data: jax.Array, history: jax.Array, query: jax.Array) -> jax.Array:
+    """The history after one step: every bit of its queries, and their shape.
 
     Args:
       data: uint32[8] key data of the memory.
-      history: uint32[8], before these rows.
-      rows: float32 (m, words): every bit of every query, one row a step.
+      history: uint32[8], before the step.
+      query: float32 (B, T, N, H), all that is asked in the step.
 
     Returns:
-      uint32 (m, 8): row i is a key that no other history of this memory has, from which the noise
-      of step i is drawn; the last one is the history to keep.
+      uint32[8], a key that no other history of this memory has. The noise of the step is drawn
+      from it, and it is the history to keep.
 
     Guarantee: M1 (history.md).
     """
-    words = lax.bitcast_convert_type(rows, jnp.uint32)
-    words = jnp.pad(words, ((0, 0), (0, -words.shape[1] % 3)))
-    words = jnp.swapaxes(words.reshape(words.shape[0], -1, 3), 0, 1)
+    *shape, width = query.shape
+    count = math.prod(shape)
+    words = lax.bitcast_convert_type(query.reshape(count, width), jnp.uint32)
+    # The same rows asked in other shapes are another step: its rounding is its own.
+    words = jnp.pad(words, ((0, 0), (0, -width % 3)))
+    sizes = jnp.broadcast_to(jnp.array(shape, jnp.uint32), (count, 3))
+    words = jnp.concatenate([sizes, words], axis=1).reshape(count, -1, 3)
     digest = random.fold_in_data(data, jnp.uint32(_DIGEST))
-    digest = jnp.broadcast_to(digest, (rows.shape[0], 8))
+    digest = jnp.broadcast_to(digest, (count, 8))
     digest, words, history = _primitives.vary_alike(digest, words, history)
-    digest, _ = lax.scan(lambda carry, part: (_absorb(carry, part), None), digest, words)
-    digest = jnp.pad(digest, ((0, 0), (0, 1))).reshape(-1, 3, 3)
 
-    def step(history, parts):
-        history, _ = lax.scan(lambda carry, part: (_absorb(carry, part), None), history, parts)
-        return history, history
+    def step(carry, part):
+        return _absorb(carry, part), None
 
-    return lax.scan(step, history, digest)[1]
+    # Rows side by side first, then their digests one after the other.
+    digest, _ = lax.scan(step, digest, jnp.swapaxes(words, 0, 1))
+    parts = jnp.pad(digest, ((0, 0), (0, 1))).reshape(-1, 3)
+    return lax.scan(step, history, parts)[0]
 
 
 # the guard --------------------------------------------------------------------------------------
@@ -104,7 +110,7 @@ def _jvp(primals, tangents):
             "Expected no derivative through attend of a memory that records its queries. Pass "
             "jax.lax.stop_gradient(query), or use private_attention, which has one."
         )
-    return _history_p.bind(*primals), ad.Zero.from_primal_value(primals[0])
+    return _history_p.bind(*primals), tangents[0]
 
 
 _history_p.def_impl(_same)
@@ -115,7 +121,7 @@ mlir.register_lowering(_history_p, mlir.lower_fun(_same, multiple_results=False)
 
 
 def _is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def check_unused(history: jax.Array, query: jax.Array) -> None:

@@ -4,12 +4,15 @@ A memory is one set of records, key (S, K, H) and value (S, K, h), that all quer
 memories are several values, or one under `jax.vmap`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from dpfa_jax import accounting, clipping, releases
+from dpfa_jax.accounting.event import Event
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -62,6 +65,32 @@ def records(key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return key, value, jnp.broadcast_to(log_weights[:, None], key.shape[:2])
 
 
+@dataclasses.dataclass(frozen=True)
+class Life:
+    """The public numbers of a memory's whole life.
+
+    Attributes:
+      mechanism: what noise it adds.
+      call: the call that its life is charged as.
+      scale: factor of the scores.
+    """
+
+    mechanism: Any
+    call: releases.Call
+    scale: float
+
+    @property
+    def event(self) -> Event:
+        """What the life is charged as."""
+        call = self.call
+        records = (1, call.keys, call.kv_heads)
+        return self.mechanism.event(
+            (1, call.queries, call.heads, call.query_dim),
+            (*records, call.query_dim),
+            (*records, call.value_dim),
+        )
+
+
 def lifetime(key: jax.Array, value: jax.Array, capacity: int) -> releases.Call:
     """The call that a memory's whole life is charged as: `capacity` queries of every kv head.
 
@@ -112,7 +141,7 @@ def check_room(count: jax.Array, asked: int, capacity: int) -> None:
     Raises:
       ValueError: if they do not fit.
     """
-    used = 0 if isinstance(count, jax.core.Tracer) else int(count)
+    used = 0 if isinstance(count, Tracer) else int(count)
     if used + asked > capacity:
         raise ValueError(
             f"Expected at most {capacity - used} more queries per kv head, got {asked}: the "
