@@ -30,8 +30,9 @@ def _make_rng(module: nn.Module) -> jax.Array:
     scope = module.scope
     assert scope is not None
     if not module.has_rng(STREAM):
+        where = "/".join(scope.path)
         raise ValueError(
-            f'Expected a PRNG stream "privacy" in the layer {"/".join(scope.path) or "itself"}, got '
+            f'Expected a PRNG stream "privacy" for the layer {where!r}, got '
             f"{sorted(scope.rngs) or 'none'}; Flax would take another stream's key. {_PASS_IT}. "
             f"{_LIFT_IT}."
         )
