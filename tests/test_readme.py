@@ -17,7 +17,8 @@ cell is the value, with `± standard error` where wanted:
 
 A record whose `columns` field is null or infinite (no privacy) fits every column. Text beside a
 name in backticks is free; "–" says that there is no such record. `dataset=digits` and the like
-after the commit narrow the records. Values must be those of the line, rounded to the digits shown.
+after the commit narrow the records. Values must be those of the line, rounded to the digits shown;
+one digit is no rounding, it must be exact.
 """
 
 import dataclasses
@@ -85,9 +86,17 @@ def _agrees(shown: str, value: typing.Any) -> bool:
         return shown == str(value) or (shown == "–" and value is None)
     if not _NUMBER.match(shown):
         return (shown, value) in (("∞", math.inf), ("inf", math.inf))
+    if float(shown) == value:
+        return True
     mantissa, _, exponent = shown.partition("e")
+    digits = len(mantissa.lstrip("+-0.").replace(".", ""))
     unit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
-    return math.isfinite(value) and abs(float(shown) - value) <= 0.5 * unit * (1 + 1e-9)
+    return digits > 1 and abs(float(shown) - value) <= 0.5 * unit * (1 + 1e-9)
+
+
+def _is(shown: str, value: typing.Any) -> bool:
+    """Whether a column's title names exactly this value."""
+    return float(shown) == value if _NUMBER.match(shown) else _agrees(shown, value)
 
 
 def _agrees_with_error(shown: str, record: dict[str, typing.Any], field: str) -> bool:
@@ -149,7 +158,7 @@ def check_table(table: Table, results: pathlib.Path) -> None:
         assert mine, f"{where}: {line['experiment']} at {line['commit']} says otherwise"
         for title, cell in zip(header[len(named) :], row[len(named) :], strict=True):
             at = title.rpartition("=")[2].strip()
-            found = [r for r in mine if _fits_all_columns(r[columns]) or _agrees(at, r[columns])]
+            found = [r for r in mine if _fits_all_columns(r[columns]) or _is(at, r[columns])]
             if cell in ("–", ""):
                 assert not found, f"{where}: {title} was measured, {found}"
                 continue
@@ -230,6 +239,7 @@ _RUN = {
     "experiment": "toy",
     "commit": "0123abc4567d",
     "metrics": [
+        {"mechanism": "Gaussian", "epsilon": 0.5, "accuracy": 0.76691, "standard_error": 0.0199},
         {"mechanism": "Gaussian", "epsilon": 1.0, "accuracy": 0.89649, "standard_error": 0.0141},
         {"mechanism": "Gaussian", "epsilon": 2.0, "accuracy": 0.92777, "standard_error": 0.0121},
         {"mechanism": "NonPrivate", "epsilon": None, "accuracy": 0.942, "standard_error": 0.011},
@@ -247,6 +257,7 @@ _LONG = """
 
 | epsilon | accuracy |
 | --- | --- |
+| .5 | .77 |
 | 1 | .896 |
 | 2 | .928 |
 """
@@ -265,6 +276,8 @@ _MISTAKES = [
     (_WIDE, "0123abc", "0123abd"),
     (_LONG, "| 2 |", "| 3 |"),
     (_LONG, ".928", ".927"),
+    (_LONG, ".928", ".9"),
+    (_LONG, "| 1 |", "| 1.1 |"),
     (_LONG, "| accuracy |", "| speed |"),
     (_LONG, "mechanism=Gaussian", "mechanism=NonPrivate"),
 ]
