@@ -8,10 +8,11 @@ post-processing. Everything that sets the noise is a Python number known before 
 import functools
 import math
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from dpfa_jax import (
     _check,
@@ -185,20 +186,20 @@ def _refuse_masks(mechanism, *, everything: bool, **given) -> None:
 
 
 def private_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
     *,
     mechanism: releases.Mechanism,
-    rng: jax.Array | None,
-    queries: Literal["public", "private"],
+    rng: Any,
+    queries: str,
     scale: float | None = None,
     is_causal: bool = False,
-    local_window_size: int | tuple[int, int] | None = None,
-    mask: jax.Array | None = None,
+    local_window_size: Any = None,
+    mask: ArrayLike | None = None,
     segment_ids: Any = None,
-    key_value_seq_lengths: jax.Array | None = None,
-    key_log_weights: jax.Array | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    key_log_weights: ArrayLike | None = None,
     precision: Any = None,
     deterministic: bool = False,
     backend: str = "auto",
@@ -461,10 +462,10 @@ def _gaussian_process(operands, spec, mechanism, call, run, replace) -> jax.Arra
 
 
 def sampled_attention(
-    query: jax.Array,
-    key: jax.Array,
+    query: ArrayLike,
+    key: ArrayLike,
     *,
-    rng: jax.Array,
+    rng: Any,
     score_bound: float,
     scale: float | None = None,
 ) -> jax.Array:
