@@ -36,6 +36,7 @@ import numpy as np
 from scipy.stats import norm
 
 import dpfa_jax as dp
+from dpfa_jax.memory import RandomFeatureMemory, RandomFeatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,18 @@ def choose_clip_norm(queries: np.ndarray, temperature: float, value_bound: float
 
 
 @functools.partial(jax.jit, static_argnames=("mechanism", "scale"))
-def attend(rng, query, key, value, *, mechanism, scale: float) -> jax.Array:
+def attend(rng, feature_rng, query, key, value, *, mechanism, scale: float) -> jax.Array:
     """All queries answered jointly by one memory: rows (T, H), (S, H), (S, h) → (T, h)."""
+    if isinstance(mechanism, RandomFeatures):
+        memory = RandomFeatureMemory.release(
+            key[:, None, :],
+            value[:, None, :],
+            mechanism=mechanism,
+            rng=rng,
+            feature_rng=feature_rng,
+            scale=scale,
+        )
+        return memory.attend(query[:, None, :])[:, 0, :]
     answer = dp.private_attention(
         query[None, :, None, :],
         key[None, :, None, :],
@@ -125,12 +136,16 @@ def attend(rng, query, key, value, *, mechanism, scale: float) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One repetition's arrays: what is private, what is public, and the labels to be guessed."""
+    """One repetition's arrays: what is private, what is public, and the labels to be guessed.
+
+    The random features are drawn with a public key of their own.
+    """
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
     truth: np.ndarray
+    feature_rng: jax.Array
 
     @classmethod
     def of(cls, task: _records.Task, repetition: int) -> "Split":
@@ -140,7 +155,19 @@ class Split:
         query, key, value = (
             jnp.asarray(x, jnp.float32) for x in (task.rows[public], task.rows[private], value)
         )
-        return cls(query, key, value, task.labels[public])
+        return cls(query, key, value, task.labels[public], jax.random.key(repetition))
+
+    def answer(self, rng: jax.Array | None, mechanism: Any, scale: float) -> jax.Array:
+        """The answers (T, h) to all queries jointly."""
+        return attend(
+            rng,
+            self.feature_rng,
+            self.query,
+            self.key,
+            self.value,
+            mechanism=mechanism,
+            scale=scale,
+        )
 
     def accuracy(self, answer: jax.Array) -> float:
         return float(np.mean(np.asarray(answer).argmax(axis=1) == self.truth))
@@ -152,9 +179,13 @@ def value_bound(classes: int) -> float:
 
 
 def mechanisms(
-    noise_multiplier: float, classes: int, temperature: float, clip_norm: float
+    noise_multiplier: float,
+    classes: int,
+    temperature: float,
+    clip_norm: float,
+    settings: Settings,
 ) -> dict[str, tuple[Any, float]]:
-    """Each mechanism of `private_attention` by class name, with the temperature it runs at.
+    """Each mechanism by class name, with the temperature it runs at.
 
     On the unit sphere the largest score is the temperature, so it is the public score cap and
     score bound too. S1's noise grows like e^(2B), so it gets the mildest temperature there is.
@@ -167,6 +198,7 @@ def mechanisms(
     }
     chosen = [
         (dp.GaussianProcessNoise(**shared, key_bound=1.0), temperature),
+        (RandomFeatures(**shared, key_bound=1.0, features=settings.features), temperature),
         (
             dp.ClippedContributions(**shared, score_cap=temperature, clip_norm=clip_norm),
             temperature,
@@ -198,9 +230,8 @@ def check(settings: Settings) -> None:
     weights = np.exp(temperature * (query @ key.T - 1))
     sums = weights @ value
     truth = sums / weights.sum(axis=1, keepdims=True)
-    arrays = (split.query, split.key, split.value)
-    rng = jax.random.key(settings.seed)
-    ours = attend(rng, *arrays, mechanism=dp.NonPrivate(), scale=temperature)
+    rng = dp.random.secure_key()
+    ours = split.answer(None, dp.NonPrivate(), temperature)
     scores = temperature * (split.query @ split.key.T)
     plain = jax.nn.softmax(scores) @ split.value
     errors = [float(np.abs(np.asarray(x) - truth).max()) for x in (ours, plain)]
@@ -213,10 +244,9 @@ def check(settings: Settings) -> None:
     reach = math.sqrt(task.queries) * value_bound(task.classes)
     first, second = np.sort(sums, axis=1)[:, :-3:-1].T
     clear = first - second > 20 * tiny * reach + 1e-4 * second
-    for name, (mechanism, scale) in mechanisms(tiny, task.classes, temperature, reach).items():
-        if name in ("SoftmaxNoise", "NonPrivate"):
-            continue
-        answer = np.asarray(attend(rng, *arrays, mechanism=mechanism, scale=scale))
+    chosen = mechanisms(tiny, task.classes, temperature, reach, settings)
+    for name in ("GaussianProcessNoise", "ClippedContributions", "IndependentNoise"):
+        answer = np.asarray(split.answer(rng, *chosen[name]))
         wrong = int((answer.argmax(axis=1) != sums.argmax(axis=1))[clear].sum())
         print(f"check {name}: {wrong} of {int(clear.sum())} clear answers differ", flush=True)
         if wrong:
@@ -260,11 +290,9 @@ def run_job(job: Job, settings: Settings) -> list[dict[str, Any]]:
         )
         clip_norm = choose_clip_norm(public, temperature, value_bound(classes))
         keys = dp.random.split(dp.random.fold_in(root, repetition), 8)
-        chosen = mechanisms(noise_multiplier, classes, temperature, clip_norm)
+        chosen = mechanisms(noise_multiplier, classes, temperature, clip_norm, settings)
         for rng, (name, (mechanism, scale)) in zip(keys, chosen.items(), strict=False):
-            answer = attend(
-                rng, split.query, split.key, split.value, mechanism=mechanism, scale=scale
-            )
+            answer = split.answer(rng, mechanism, scale)
             accuracies.setdefault(name, []).append(split.accuracy(answer))
             temperatures.setdefault(name, []).append(scale)
             adjacencies[name] = str(getattr(mechanism, "adjacency", "none"))
@@ -286,8 +314,12 @@ def run_job(job: Job, settings: Settings) -> list[dict[str, Any]]:
 
 def require_epsilon(mechanism: Any, split: Split, epsilon: float, delta: float) -> None:
     """Asks the accountant what the release costs; NonPrivate must cost ∞, the others at most ε."""
-    shapes = [(1, len(x), 1, x.shape[1]) for x in (split.query, split.key, split.value)]
-    cost = dp.accounting.epsilon(mechanism.event(*shapes), delta)
+    if isinstance(mechanism, RandomFeatures):
+        event = mechanism.event(kv_heads=1, value_dim=split.value.shape[1])
+    else:
+        shapes = [(1, len(x), 1, x.shape[1]) for x in (split.query, split.key, split.value)]
+        event = mechanism.event(*shapes)
+    cost = dp.accounting.epsilon(event, delta)
     private = not isinstance(mechanism, dp.NonPrivate)
     if not (cost <= epsilon if private else math.isinf(cost)):
         raise SystemExit(f"Expected a cost of at most {epsilon}, got {cost}: {mechanism!r}")
@@ -303,8 +335,7 @@ def baselines(task: _records.Task, settings: Settings) -> list[dict[str, Any]]:
     sharpest = settings.temperatures[-1]
     for repetition in range(settings.repetitions):
         split = Split.of(task, settings.seed + repetition)
-        arrays = (split.query, split.key, split.value)
-        answer = attend(None, *arrays, mechanism=dp.NonPrivate(), scale=sharpest)
+        answer = split.answer(None, dp.NonPrivate(), sharpest)
         rows["NonPrivate"].append(split.accuracy(answer))
         common = jnp.zeros_like(answer) + split.value.sum(axis=0)
         rows["MajorityClass"].append(split.accuracy(common))

@@ -1,0 +1,101 @@
+"""Every experiment's `--smoke` run works and says what it must, without touching the results."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.pins import ROOT
+
+LINE = {"experiment", "config", "metrics", "commit", "jax", "device", "time", "seconds"}
+
+
+def _smoke(name: str, folder: pathlib.Path, *more: str) -> dict:
+    """Runs an experiment on its small scale and returns the one line that it wrote."""
+    script = ROOT / "experiments" / f"{name}.py"
+    committed = ROOT / "experiments" / "results" / f"{name}.jsonl"
+    before = committed.read_bytes() if committed.exists() else b""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        (sys.executable, script, "--smoke", "--results", folder, *more),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = committed.read_bytes() if committed.exists() else b""
+    assert after == before, "a smoke run wrote to the committed results"
+    (text,) = (folder / f"{name}.jsonl").read_text().splitlines()
+    line = json.loads(text)
+    assert set(line) == LINE
+    assert line["experiment"] == name
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", line["commit"])
+    return line
+
+
+def test_private_memory_smoke_writes_every_mechanism(tmp_path):
+    line = _smoke("private_memory", tmp_path, "--figures", str(tmp_path))
+    epsilons, delta = line["config"]["epsilons"], line["config"]["delta"]
+    rows = {
+        (r["dataset"], r["mechanism"], r["epsilon"]): r
+        for r in line["metrics"]
+        if r["epsilon"] is not None
+    }
+    names = {
+        "GaussianProcessNoise",
+        "RandomFeatures",
+        "ClippedContributions",
+        "IndependentNoise",
+        "SoftmaxNoise",
+        "NonPrivate",
+    }
+    wanted = {(d, n, e) for d in ("digits", "breast_cancer") for n in names for e in epsilons}
+    assert set(rows) == wanted
+    for row in rows.values():
+        assert row["delta"] == delta
+        assert 0 <= row["accuracy"] <= 1
+        assert 0 <= row["standard_error"] <= 0.5
+    # At ε = 1 the correlated noise keeps most of the answer and independent noise loses it.
+    assert rows["digits", "GaussianProcessNoise", 1.0]["accuracy"] > 0.8
+    assert rows["digits", "IndependentNoise", 1.0]["accuracy"] < 0.4
+    picture = tmp_path / "private_memory.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_reference_cost_smoke_compares_with_xla(tmp_path):
+    line = _smoke("reference_cost", tmp_path)
+    large, *pairs = line["metrics"]
+    assert large["keys"] == line["config"]["records"]
+    assert 0 < large["peak_gib"] < line["config"]["limit_gib"]
+    plain = [row for row in pairs if row["implementation"] == "jax.nn.dot_product_attention"]
+    assert plain and len(plain) < len(pairs)
+    for row in pairs:
+        assert row["seconds"] > 0
+        assert math.isfinite(row["time_ratio"]) and math.isfinite(row["peak_ratio"])
+        assert (row["time_ratio"], row["peak_ratio"]) == (1, 1) or row not in plain
+
+
+@pytest.mark.parametrize("name", ["private_memory", "reference_cost"])
+def test_experiment_writes_no_line_when_its_check_fails(name, tmp_path):
+    # The check compares with float64; an answer that is off by a factor must stop the run.
+    broken = (
+        "import runpy, sys, jax\n"
+        "import dpfa_jax as dp\n"
+        "true = dp.private_attention\n"
+        "dp.private_attention = lambda *a, **k: 1.01 * true(*a, **k)\n"
+        f"sys.argv = ['x', '--smoke', '--results', {str(tmp_path)!r}]\n"
+        f"sys.path.insert(0, {str(ROOT / 'experiments')!r})\n"
+        f"runpy.run_path({str(ROOT / 'experiments' / name)!r} + '.py', run_name='__main__')\n"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        (sys.executable, "-c", broken), cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert done.returncode != 0
+    assert not list(tmp_path.iterdir())
