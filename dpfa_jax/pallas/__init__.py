@@ -1,0 +1,1 @@
+"""Kernels that compute the sums of private attention, imported only when one is asked for."""

@@ -1,0 +1,187 @@
+"""What the kernels are made of: weights, noise and sums of one block, in Triton's vocabulary.
+
+Compiled, the special functions are the device's approximate ones (`fast`): exp2 within 2 ulp, and
+normals within 2⁻¹⁴ of those of `random.normal_pair`, whose words they share bit for bit. The
+interpreter takes the exact ones.
+"""
+
+import math
+import struct
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+
+from dpfa_jax import random
+
+LOG2_E = math.log2(math.e)
+LOWEST = -3e38
+"""Stands for −∞ where −∞ − (−∞) would be NaN."""
+
+_MATRIX, _ROW = 1, 2
+"""Domains of `random`'s block addresses."""
+
+
+def _approximate(instruction, x):
+    (result,) = plgpu.elementwise_inline_asm(
+        f"{instruction}.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
+def exp2(x, fast):
+    """2^x, float32."""
+    return _approximate("ex2", x) if fast else jnp.exp2(x)
+
+
+def _hex(number):
+    return "0f" + struct.pack(">f", number).hex().upper()
+
+
+def bounded_exp2(score, factor, offset, highest, fast):
+    """2^min(score·factor + offset, highest), 0 where the score is NaN.
+
+    Args:
+      score: float32 block.
+      factor: Python float.
+      offset: float32, broadcasts; −∞ gives 0.
+      highest: float32, broadcasts: the result is ≤ 2^highest whatever the score.
+      fast: whether this is compiled for a GPU.
+    """
+    shape = score.shape
+    if not fast:
+        level = score * factor + offset
+        return jnp.exp2(jnp.minimum(jnp.where(jnp.isnan(level), LOWEST, level), highest))
+    (result,) = plgpu.elementwise_inline_asm(
+        "{ .reg .f32 level;"
+        f" fma.rn.ftz.f32 level, $1, {_hex(factor)}, $2;"
+        f" max.ftz.f32 level, level, {_hex(LOWEST)};"
+        " min.ftz.f32 level, level, $3;"
+        " ex2.approx.ftz.f32 $0, level; }",
+        args=[score, jnp.broadcast_to(offset, shape), jnp.broadcast_to(highest, shape)],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return result
+
+
+def level(score, factor, offset, fast):
+    """score·factor + offset kept within ±3e38, the lowest where the score is NaN."""
+    x = score * factor + offset
+    if not fast:
+        x = jnp.where(jnp.isnan(x), LOWEST, x)
+    # On the device a maximum with a NaN is the other operand.
+    return jnp.minimum(jnp.maximum(x, LOWEST), -LOWEST)
+
+
+def normal_pair(first, second, fast):
+    """`random.normal_pair`, with the device's approximate functions when compiled."""
+    if not fast:
+        return random.normal_pair(first, second)
+    upper = lax.shift_right_arithmetic(lax.bitcast_convert_type(first, jnp.int32), jnp.int32(31))
+    flip = lax.bitcast_convert_type(upper, jnp.uint32)
+    high = lax.bitcast_convert_type(first ^ flip, jnp.int32)
+    low = lax.bitcast_convert_type((second ^ flip) >> 24, jnp.int32)
+    small = (high.astype(jnp.float32) * 256.0 + (low.astype(jnp.float32) + 0.5)) * 2.0**-40
+    flipped = upper != 0
+    series = small * (1.0 + small * (0.5 + small * (1.0 / 3.0 + small * 0.25)))
+    logarithm = -math.log(2.0) * _approximate("lg2", jnp.where(flipped, 1.0 - small, small))
+    square = 2.0 * jnp.where(flipped & (small < 1.0 / 64.0), series, logarithm)
+    radius = _approximate("sqrt", square)
+    turn = lax.shift_right_arithmetic(
+        lax.bitcast_convert_type(second << 8, jnp.int32), jnp.int32(8)
+    )
+    angle = (turn.astype(jnp.float32) + 0.5) * (2.0 * math.pi / 2.0**24)
+    return radius * _approximate("cos", angle), radius * _approximate("sin", angle)
+
+
+def _block(key, first, second, batch, domain, head):
+    tagged = jnp.uint32(domain << 24) | head.astype(jnp.uint32)
+    address = (first, second, batch.astype(jnp.uint32), tagged)
+    return random.chacha_block(key, address, unroll=True)
+
+
+def _joined(parts):
+    """Arrays stacked on a new last axis, in order; their number is a power of two."""
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = [
+            jnp.stack([low, high], axis=-1)
+            for low, high in zip(parts[:half], parts[half:], strict=True)
+        ]
+    return parts[0]
+
+
+def matrix_noise(key, batch, head, start, rows, width, fast):
+    """Normals of rows start..start+rows, columns 0..width: float32 (rows, width).
+
+    Args:
+      key: eight uint32 scalars.
+      batch: int32 scalar, global.
+      head: int32 scalar, global.
+      start: int32 scalar, global row.
+      rows: a power of two.
+      width: a power of two ≥ 16.
+      fast: whether this is compiled for a GPU.
+    """
+    chunks = max(1, width // 64)
+    pairs = min(8, width // 8)
+    row = (start + lax.broadcasted_iota(jnp.int32, (rows, 4 * chunks), 0)).astype(jnp.uint32)
+    block = lax.broadcasted_iota(jnp.int32, (rows, 4 * chunks), 1).astype(jnp.uint32)
+    words = _block(key, row, block, batch, _MATRIX, head)
+    drawn = [normal_pair(words[2 * j], words[2 * j + 1], fast) for j in range(pairs)]
+    noise = _joined([jnp.stack(pair, axis=-1) for pair in drawn])
+    noise = noise.reshape(rows, chunks, 4, 2, pairs)
+    return noise.transpose(0, 1, 4, 2, 3).reshape(rows, width)
+
+
+def row_noise(key, batch, head, start, rows, fast):
+    """One normal for each of the rows start..start+rows, start and rows multiples of 16."""
+    block = lax.broadcasted_iota(jnp.int32, (rows // 16,), 0)
+    block = (lax.div(start, jnp.int32(16)) + block).astype(jnp.uint32)
+    words = _block(key, block, jnp.uint32(0), batch, _ROW, head)
+    drawn = [normal_pair(words[2 * j], words[2 * j + 1], fast) for j in range(8)]
+    return _joined([jnp.stack(pair, axis=-1) for pair in drawn]).reshape(rows)
+
+
+def dot(a, b, *, transpose_a=False, transpose_b=False):
+    """Matrix product with a float32 sum; float32 operands are not rounded to a narrower format."""
+    return plgpu.dot(
+        a, b, trans_a=transpose_a, trans_b=transpose_b, precision=lax.Precision.HIGHEST
+    )
+
+
+def load(ref, index, allowed=None):
+    """`ref[index]`, 0 where `allowed` (broadcasts) is False; None allows everything."""
+    if allowed is None:
+        return plgpu.load(ref.at[index])
+    return plgpu.load(ref.at[index], mask=allowed, other=jnp.zeros((), ref.dtype))
+
+
+def inside(rows, first_row, limit, columns, width):
+    """Mask (rows, columns) of positions < limit and columns < width; None if all are."""
+    mask = None
+    if limit is not None:
+        row = first_row + lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
+        mask = row < limit
+    if columns != width:
+        narrow = lax.broadcasted_iota(jnp.int32, (rows, columns), 1) < width
+        mask = narrow if mask is None else mask & narrow
+    return mask
+
+
+def sweep(runs, step, carry):
+    """`step(tile, carry, masked)` over the tiles of every run, in order."""
+    for first, end, masked in runs:
+
+        def body(tile, carry, masked=masked):
+            return step(tile, carry, masked)
+
+        carry = lax.fori_loop(jnp.int32(first), jnp.int32(end), body, carry)
+    return carry

@@ -1,0 +1,425 @@
+"""Private attention on NVIDIA GPUs from compute capability 8.0 on: Pallas kernels through Triton.
+
+The same function as `reference`, one kernel forward and two backward: weights against a public
+reference, sums of rounded weights, noise drawn inside the kernel from `random`'s blocks, ratio and
+projection. Nothing of size T×S, no noise array and no clipped copy is held. Lowered for a CPU the
+kernels are interpreted: right and very slow, for tests.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from dpfa_jax import _primitives
+from dpfa_jax._typing import Operands, Spec
+from dpfa_jax.pallas import blocks, tiling, triton_kernels
+from dpfa_jax.pallas.tiling import rounding as rounding
+from dpfa_jax.pallas.triton_kernels import Plan
+
+_WIDEST = 256
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def supports(operands: Operands, spec: Spec) -> str | None:
+    """Why this backend cannot take the call, or None.
+
+    Args:
+      operands: the call's arrays, or their shapes.
+      spec: the static description.
+    """
+    query, key, value = operands.query, operands.key, operands.value
+    if key.shape[1] < 1:
+        return "the key axis is empty"
+    if max(query.shape[3], value.shape[3]) > _WIDEST:
+        return (
+            f"rows wider than {_WIDEST} do not fit its tiles, got {query.shape} and {value.shape}"
+        )
+    if query.dtype != key.dtype or query.dtype not in _DTYPES:
+        return f"query and key must have one dtype, got {query.dtype} and {key.dtype}"
+    narrowed = key.dtype == jnp.bfloat16 and value.dtype == jnp.float32
+    if value.dtype != key.dtype and not narrowed:
+        return f"values in {value.dtype} beside keys in {key.dtype} would be rounded upwards"
+    if spec.score_low is not None:
+        return "scores bounded from below (SoftmaxNoise) have no kernel"
+    if operands.query_reference is not None:
+        return "references per query have no kernel"
+    if max(math.prod(array.shape) for array in (query, key, value)) >= 1 << 31:
+        return "an array of 2**31 numbers or more needs 64-bit offsets"
+    return None
+
+
+def _capability() -> int:
+    """Compute capability of the device that is lowered for, 90 for Hopper; 80 if it is unknown."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is None and jax.default_backend() != "gpu":
+        return 80
+    return int(plgpu.get_gpu_info().compute_capability)
+
+
+def preferred() -> bool:
+    """Whether the default device is an NVIDIA GPU that these kernels run on."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    # ROCm devices name an architecture here.
+    return capability.replace(".", "").isdigit() and float(capability) >= 8.0
+
+
+def _shape(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """A result that varies over the mesh axes over which `like` does."""
+    manual = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=None if manual.empty else manual)
+
+
+def _plan(operands: Operands, spec: Spec, pick: Callable, tile: Any) -> Plan:
+    query, key, value = operands.query, operands.key, operands.value
+    widest = max(tiling.padded(query.shape[3]), tiling.padded(value.shape[3]))
+    if tile is None:
+        tile = pick(capability=_capability(), width=widest, item_bytes=key.dtype.itemsize)
+    return Plan(
+        spec=spec,
+        tile=tile,
+        queries=query.shape[1],
+        keys=key.shape[1],
+        group=query.shape[2] // key.shape[2],
+        heads=query.shape[2],
+        key_width=query.shape[3],
+        value_width=value.shape[3],
+        dtype=key.dtype,
+        mask=None if operands.mask is None else operands.mask.shape,
+        segments=operands.key_segments is not None,
+        fast=True,
+    )
+
+
+def _fold_masks(operands: Operands) -> tuple[Operands, jax.Array]:
+    """Masks of keys alone become weights: operands without them, bias (1 or B, K, S)."""
+    bias = jnp.swapaxes(operands.log_weights * blocks.LOG2_E, 1, 2)
+    keys, group = operands.key.shape[1], operands.query.shape[2] // operands.key.shape[2]
+    mask = operands.mask
+    if operands.key_lengths is not None:
+        seen = jnp.arange(keys) < operands.key_lengths[:, None, None]
+        bias = jnp.where(seen, bias, -jnp.inf)
+    if mask is not None and mask.shape[2] == 1 and (mask.shape[1] == 1 or group == 1):
+        bias = jnp.where(mask[:, :, 0, :], bias, -jnp.inf)
+        mask = None
+    return operands._replace(mask=mask, key_lengths=None), bias
+
+
+def _pad(array: jax.Array, axis: int, multiple: int, fill: Any) -> jax.Array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, -array.shape[axis] % multiple)
+    return jnp.pad(array, widths, constant_values=fill)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Argument:
+    """One array of a kernel call: block shape, and its place for (block, head, batch)."""
+
+    name: str
+    array: Any
+    block: tuple[int | None, ...]
+    place: Callable
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _shared(size: int, index):
+    """The index along an axis that may have size 1 for all."""
+    return 0 if size == 1 else index
+
+
+def _arguments(plan: Plan, operands: Operands, bias: jax.Array, by_key: bool) -> list[_Argument]:
+    """The inputs that every kernel has, as blocks of queries or of keys."""
+    tile, group = plan.tile, plan.group
+    memories = operands.key.shape[0]
+    bias = _pad(bias, 2, tile.block_k, -jnp.inf)
+    padded_keys = _round_up(plan.keys, tile.block_k)
+    padded_queries = _round_up(plan.queries, tile.block_q)
+    key_pad, value_pad = tiling.padded(plan.key_width), tiling.padded(plan.value_width)
+    value = operands.value
+    if value.dtype != plan.dtype:
+        # Rounding to nearest after this leaves no number larger than it was.
+        value = (value * (1.0 - 2.0**-8)).astype(plan.dtype)
+
+    def kv_head(head):
+        return head if by_key else lax.div(head, jnp.int32(group))
+
+    def memory(batch):
+        return _shared(memories, batch)
+
+    keys = tile.block_k if by_key else padded_keys
+    found = [
+        _Argument(
+            "query",
+            operands.query,
+            (None, padded_queries, group, key_pad)
+            if by_key
+            else (None, tile.block_q, None, key_pad),
+            (lambda i, h, b: (b, 0, h, 0)) if by_key else (lambda i, h, b: (b, i, h, 0)),
+        ),
+        _Argument(
+            "key",
+            operands.key,
+            (None, keys, None, key_pad),
+            lambda i, h, b: (memory(b), i if by_key else 0, kv_head(h), 0),
+        ),
+        _Argument(
+            "value",
+            value,
+            (None, keys, None, value_pad),
+            lambda i, h, b: (memory(b), i if by_key else 0, kv_head(h), 0),
+        ),
+        _Argument(
+            "bias",
+            bias,
+            (None, None, keys),
+            lambda i, h, b: (_shared(bias.shape[0], b), kv_head(h), i if by_key else 0),
+        ),
+    ]
+    if plan.segments:
+        query_ids = _pad(operands.query_segments, 1, tile.block_q, 0)
+        key_ids = _pad(operands.key_segments, 1, tile.block_k, 0)
+        found += [
+            _Argument("query_segments", query_ids, (None, padded_queries), lambda i, h, b: (b, 0)),
+            _Argument("key_segments", key_ids, (None, padded_keys), lambda i, h, b: (memory(b), 0)),
+        ]
+    if plan.mask is not None:
+        sizes = plan.mask
+        full = (
+            padded_queries if sizes[2] != 1 else 1,
+            padded_keys if sizes[3] != 1 else 1,
+        )
+        members = group if by_key and sizes[1] != 1 else None
+        found.append(
+            _Argument(
+                "mask",
+                operands.mask.astype(jnp.int8),
+                (None, members, *full),
+                lambda i, h, b: (_shared(sizes[0], b), _shared(sizes[1], h), 0, 0),
+            )
+        )
+    return found
+
+
+def _call(
+    body: Callable,
+    plan: Plan,
+    grid: tuple[int, int, int],
+    inputs: list[_Argument],
+    outputs: list[_Argument],
+) -> dict[str, jax.Array]:
+    """Runs a kernel over (blocks, heads, batch), blocks first so that they share keys in cache."""
+    count, heads, _ = grid
+    heavy_last = plan.spec.is_causal and body is triton_kernels.forward_kernel
+
+    def place(program):
+        index = lax.rem(program, jnp.int32(count))
+        rest = lax.div(program, jnp.int32(count))
+        # The longest causal rows start first.
+        index = count - 1 - index if heavy_last else index
+        return index, lax.rem(rest, jnp.int32(heads)), lax.div(rest, jnp.int32(heads))
+
+    names = tuple(argument.name for argument in (*inputs, *outputs))
+    arrays = _primitives.vary_alike(*(argument.array for argument in inputs))
+
+    def run(fast, *arrays):
+        chosen = dataclasses.replace(plan, fast=fast)
+
+        def kernel(*refs):
+            body(chosen, place, names, *refs)
+
+        def spec(argument):
+            return pl.BlockSpec(argument.block, lambda pid: argument.place(*place(pid)))
+
+        kernel.__name__ = f"dpfa_{body.__name__}"
+        return pl.pallas_call(
+            kernel,
+            grid=(math.prod(grid),),
+            in_specs=[spec(argument) for argument in inputs],
+            out_specs=[spec(argument) for argument in outputs],
+            out_shape=[_shape(*argument.array, like=arrays[0]) for argument in outputs],
+            compiler_params=plgpu.CompilerParams(
+                num_warps=plan.tile.warps, num_stages=plan.tile.stages
+            ),
+            interpret=not fast,
+            name=kernel.__name__,
+        )(*arrays)
+
+    results = lax.platform_dependent(*arrays, cuda=partial(run, True), default=partial(run, False))
+    return {o.name: result for o, result in zip(outputs, results, strict=True)}
+
+
+def _rows(name: str, plan: Plan, shape: tuple[int, int, int], array: Any = None) -> _Argument:
+    """One float32 for each (batch, head, query), as a block of queries."""
+    given = (shape, jnp.float32) if array is None else array
+    return _Argument(name, given, (None, None, plan.tile.block_q), lambda i, h, b: (b, h, i))
+
+
+def forward(
+    operands: Operands, spec: Spec, *, tile: tiling.Tile | None = None
+) -> tuple[jax.Array, tuple]:
+    """The answer (B, T, N, h) in the query's dtype, and the residuals that `backward` wants.
+
+    Args:
+      operands: the call's arrays; `noise_key` is needed unless `spec.noise` is "none".
+      spec: the static description.
+      tile: how to cut the kernel, by default from the device and the width.
+
+    Returns:
+      The answer, the noise added in float32 before the cast; and the clean answer, denominators,
+      factors of the projection and running maxima.
+    """
+    operands, bias = _fold_masks(operands)
+    plan = _plan(operands, spec, tiling.forward_tile, tile)
+    batch, queries, heads, _ = operands.query.shape
+    inputs = _arguments(plan, operands, bias, by_key=False)
+    if spec.noise != "none":
+        inputs.append(_Argument("noise_key", operands.noise_key, (8,), lambda i, h, b: (0,)))
+    out_shape = (batch, queries, heads, plan.value_width)
+    value_pad = tiling.padded(plan.value_width)
+
+    def answer(name):
+        block = (None, plan.tile.block_q, None, value_pad)
+        described = (out_shape, operands.query.dtype)
+        return _Argument(name, described, block, lambda i, h, b: (b, i, h, 0))
+
+    row_shape = (batch, heads, queries)
+    outputs = [answer("out"), _rows("mass", plan, row_shape), _rows("factor", plan, row_shape)]
+    if plan.online:
+        outputs.append(_rows("best", plan, row_shape))
+    if spec.noise == "rows":
+        outputs.append(answer("clean"))
+    grid = (-(-queries // plan.tile.block_q), heads, batch)
+    found = _call(triton_kernels.forward_kernel, plan, grid, inputs, outputs)
+    clean = found.get("clean", found["out"])
+    return found["out"], (clean, found["mass"], found["factor"], found.get("best"))
+
+
+def backward(
+    operands: Operands,
+    spec: Spec,
+    residuals: tuple,
+    cotangent: jax.Array,
+    *,
+    tile: tiling.Tile | None = None,
+) -> tuple:
+    """Gradients of the answer in query, key, value and log_weights, the noise held fixed.
+
+    Every sum has a fixed order: the same bits on every run. Not a release.
+
+    Args:
+      operands: as in `forward`.
+      spec: as in `forward`.
+      residuals: what `forward` returned.
+      cotangent: (B, T, N, h).
+      tile: how to cut the kernels.
+
+    Returns:
+      (d query, d key, d value, d log_weights, None), float32, in the operands' shapes.
+    """
+    given = operands
+    operands, bias = _fold_masks(operands)
+    plan = _plan(operands, spec, tiling.backward_tile, tile)
+    clean, mass, factor, best = residuals
+    d_ratio, inverse, delta = _coefficients(spec, clean, mass, factor, cotangent)
+    # Products with 1/D in float16 could overflow where D is small; here it is a float32 factor.
+    d_ratio = d_ratio.astype(plan.dtype)
+    batch, queries, heads, _ = operands.query.shape
+    keys, kv_heads = operands.key.shape[1:3]
+    row_shape = (batch, heads, queries)
+    value_pad, key_pad = tiling.padded(plan.value_width), tiling.padded(plan.key_width)
+
+    inputs = _arguments(plan, operands, bias, by_key=False)
+    block = (None, plan.tile.block_q, None, value_pad)
+    inputs.append(_Argument("cotangent", d_ratio, block, lambda i, h, b: (b, i, h, 0)))
+    rows = [("inverse", inverse), ("delta", delta)] + ([("best", best)] if plan.online else [])
+    inputs += [_rows(name, plan, row_shape, array) for name, array in rows]
+    shape = (operands.query.shape, jnp.float32)
+    block = (None, plan.tile.block_q, None, key_pad)
+    outputs = [_Argument("d_query", shape, block, lambda i, h, b: (b, i, h, 0))]
+    grid = (-(-queries // plan.tile.block_q), heads, batch)
+    found = _call(triton_kernels.query_gradient_kernel, plan, grid, inputs, outputs)
+
+    padded_queries = _round_up(queries, plan.tile.block_q)
+    inputs = _arguments(plan, operands, bias, by_key=True)
+    block = (None, padded_queries, plan.group, value_pad)
+    inputs.append(_Argument("cotangent", d_ratio, block, lambda i, h, b: (b, 0, h, 0)))
+    inputs += [
+        _Argument(name, array, (None, plan.group, padded_queries), lambda i, h, b: (b, h, 0))
+        for name, array in rows
+    ]
+    outputs = _key_outputs(plan, batch, keys, kv_heads, ("d_key", "d_value", "d_bias"))
+    grid = (-(-keys // plan.tile.block_k), kv_heads, batch)
+    found |= _call(triton_kernels.key_gradient_kernel, plan, grid, inputs, outputs)
+
+    def joined(array):
+        return array if given.key.shape[0] == batch else jnp.sum(array, axis=0, keepdims=True)
+
+    d_log_weights = jnp.swapaxes(found["d_bias"][:, :, :keys], 1, 2)
+    parts = (found["d_key"], found["d_value"], d_log_weights)
+    return (found["d_query"], *map(joined, parts), None)
+
+
+def _key_outputs(plan: Plan, batch, keys, kv_heads, names) -> list[_Argument]:
+    padded_keys = _round_up(keys, plan.tile.block_k)
+    widths = {"d_key": plan.key_width, "d_value": plan.value_width}
+    outputs = []
+    for name in names:
+        if name in widths:
+            shape = (batch, keys, kv_heads, widths[name])
+            block = (None, plan.tile.block_k, None, tiling.padded(widths[name]))
+            place = lambda i, h, b: (b, i, h, 0)  # noqa: E731
+        else:
+            shape = (batch, kv_heads, padded_keys)
+            block = (None, None, plan.tile.block_k)
+            place = lambda i, h, b: (b, h, i)  # noqa: E731
+        outputs.append(_Argument(name, (shape, jnp.float32), block, place))
+    return outputs
+
+
+def _coefficients(spec: Spec, clean, mass, factor, cotangent) -> tuple:
+    """d ratio (B, T, N, h), 1/D and δ = d ratio·ratio (B, N, T): what the answer's gradient needs.
+
+    The ratio is projected by `factor` to the clean answer. Where that is below 1 the cotangent
+    loses its part along the answer, and nothing flows through the denominator.
+    """
+    cotangent, clean = cotangent.astype(jnp.float32), clean.astype(jnp.float32)
+    along = jnp.sum(cotangent * clean, axis=-1)
+    per_row = jnp.swapaxes(factor, 1, 2)
+    square = jnp.maximum(jnp.sum(jnp.square(clean), axis=-1), 1e-37)
+    projected = cotangent - clean * (along / square)[..., None]
+    clipped = per_row < 1
+    d_ratio = jnp.where(clipped[..., None], per_row[..., None] * projected, cotangent)
+    if spec.denominator_std == math.inf:
+        inverse = jnp.full_like(mass, 1.0 / spec.floor)
+        return d_ratio, inverse, jnp.zeros_like(mass)
+    flows = ~clipped & (jnp.swapaxes(mass, 1, 2) > spec.floor)
+    delta = jnp.swapaxes(jnp.where(flows, along, 0.0), 1, 2)
+    return d_ratio, 1.0 / jnp.maximum(mass, spec.floor), delta
+
+
+def column_squares(operands: Operands, spec: Spec, *, tile: tiling.Tile | None = None) -> jax.Array:
+    """Σ_i w_ij² over the queries and heads that read key j: (B, S, K) float32.
+
+    With the scores of `forward`, bit for bit: a weight that were larger there than here would
+    exceed the norm that a record's contribution is clipped to.
+    """
+    operands, bias = _fold_masks(operands)
+    plan = _plan(operands, spec, tiling.backward_tile, tile)
+    batch, keys, kv_heads = operands.query.shape[0], *operands.key.shape[1:3]
+    inputs = _arguments(plan, operands, bias, by_key=True)
+    outputs = _key_outputs(plan, batch, keys, kv_heads, ("squares",))
+    grid = (-(-keys // plan.tile.block_k), kv_heads, batch)
+    found = _call(triton_kernels.column_kernel, plan, grid, inputs, outputs)
+    return jnp.swapaxes(found["squares"][:, :, :keys], 1, 2)
