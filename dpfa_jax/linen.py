@@ -36,7 +36,7 @@ def _make_rng(module: nn.Module) -> jax.Array:
             f"{sorted(scope.rngs) or 'none'}; Flax would take another stream's key. {_PASS_IT}. "
             f"{_LIFT_IT}."
         )
-    given = scope.rngs[STREAM]
+    given: Any = scope.rngs[STREAM]
     _flax.refuse_constant(
         getattr(given, "rng", given), f"Pass it through jit as an argument. {_LIFT_IT}."
     )

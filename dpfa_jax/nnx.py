@@ -18,6 +18,13 @@ from dpfa_jax import _check, _flax, random, releases
 
 STREAM = "privacy"
 
+# Transformations that run a function once, or see every example (`stream_key`).
+_RUN_ONCE = ("grad", "jvp", "vjp", "remat", "vmap", "pmap", "cond", "switch", "checkify")
+
+_RESEED = (
+    "or call dpfa_jax.nnx.apply(model, rng, ...), or first dpfa_jax.nnx.reseed(model, rng), with a "
+    "new rng each time"
+)
 _PASS_IT = "Pass nnx.Rngs(params=..., privacy=dpfa_jax.random.secure_key())"
 
 
@@ -108,14 +115,17 @@ class _Seal:
         return "_Seal()"
 
 
-def _outer(module: Any) -> Any:
-    """The module outside the nnx transformation that made this one and will update it, or None."""
-    for stack in graphlib.GRAPH_CONTEXT.update_context_stacks.values():
+def _outer(module: Any) -> tuple[Any, Any]:
+    """The module outside the nnx transformation that will update it from this one, and the tag.
+
+    Both are None where there is none.
+    """
+    for tag, stack in graphlib.GRAPH_CONTEXT.update_context_stacks.items():
         for context in stack:
             inner, outer = context.inner_ref_outer_index, context.outer_index_outer_ref
             if inner is not None and outer is not None and module in inner:
-                return outer.get(inner[module])
-    return None
+                return outer.get(inner[module]), tag
+    return None, None
 
 
 def _count_comes_back(module: "PrivateAttention") -> bool:
@@ -125,7 +135,27 @@ def _count_comes_back(module: "PrivateAttention") -> bool:
         if node.seal.home() is node:
             return True
         seen.add(id(node))
-        node = _outer(node)
+        node, _ = _outer(node)
+    return False
+
+
+def _may_repeat(module: "PrivateAttention") -> bool:
+    """Whether a loop outside may give every step this module's key and count.
+
+    Flax broadcasts into a scan by a carry that never changes, which looks like one that does. Only
+    a key that the loop slices from a stack is known to be another in every step.
+    """
+    seen: set[int] = set()
+    node: Any = module
+    while node.seal.home() is not node and id(node) not in seen:
+        seen.add(id(node))
+        outer, tag = _outer(node)
+        if not isinstance(outer, PrivateAttention):
+            break
+        loops = isinstance(tag, str) and tag not in _RUN_ONCE
+        if loops and jnp.ndim(outer.key.get_raw_value()) == jnp.ndim(node.key.get_raw_value()):
+            return True
+        node = outer
     return False
 
 
@@ -134,9 +164,13 @@ def _make_rng(module: "PrivateAttention") -> jax.Array:
         raise ValueError(
             "Expected a module whose count of keys comes back, got a copy (made by nnx.merge, "
             "nnx.clone, jax.jit of a module, or while tracing): it would repeat the noise of its "
-            "original. Use nnx.jit and the other nnx transformations, or call "
-            "dpfa_jax.nnx.apply(model, rng, ...) or first dpfa_jax.nnx.reseed(model, rng), with a "
-            "new rng each time."
+            f"original. Use nnx.jit and the other nnx transformations, {_RESEED}."
+        )
+    if _may_repeat(module):
+        raise ValueError(
+            "Expected a loop to slice the state of the module from a stack, got one key for all "
+            "its steps, which might repeat the noise. Map over all of nnx.RngState (axis 0), or "
+            "scan over keys and call dpfa_jax.nnx.apply(model, rng, ...) in the loop."
         )
     data, count = module.key.get_raw_value(), module.count.get_raw_value()
     if jnp.shape(data) != (8,) or jnp.shape(count) != ():
@@ -144,12 +178,8 @@ def _make_rng(module: "PrivateAttention") -> jax.Array:
             f"Expected one key, got key data of shape {jnp.shape(data)}: a stack of layers is run "
             "by nnx.scan or nnx.vmap over all of its state, nnx.RngState included."
         )
-    if _flax.is_constant(data) and _flax.is_constant(count):
-        _flax.refuse_constant(
-            data,
-            "Pass the module as an argument to nnx.jit; in nnx.scan, map over nnx.RngState or "
-            "carry it, do not broadcast it.",
-        )
+    if _flax.is_constant(count):
+        _flax.refuse_constant(data, f"Pass the module as an argument to nnx.jit, {_RESEED}.")
     module.count._check_can_update()
     module.count._renew(count + jnp.uint32(1))
     return random.fold_in(random.wrap_key_data(data), count)
@@ -355,7 +385,7 @@ class PrivateCrossAttention(nnx.Module):
             mechanism, queries=queries, scale=scale, backend=backend, rngs=rngs
         )
 
-        def project(inputs, outputs, axis=-1):
+        def project(inputs: Any, outputs: Any, axis: Any = -1):
             return nnx.LinearGeneral(
                 inputs,
                 outputs,

@@ -1,0 +1,467 @@
+"""Which statement does this file keep true? A flax.linen model cannot lose its mask or its noise.
+
+Every trap of Flax is either impossible here or an error that says what to do.
+"""
+
+import inspect
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core.scope import _fold_in_static
+
+import dpfa_jax
+from dpfa_jax import _flax, accounting
+from dpfa_jax.linen import PrivateAttention, PrivateCrossAttention
+from tests._flax_common import (
+    KEY_SPEC,
+    MEMORY,
+    OTHER_RNG,
+    RNG,
+    SEQUENCE,
+    SUMS,
+    X,
+    heads,
+    noise_repeats,
+)
+
+Q, K, V = heads(2, 1, 3, 2, 2), heads(3, 1, 5, 2, 2), heads(4, 1, 5, 2, 2)
+ATTEND = PrivateAttention(SEQUENCE, "private")
+
+
+def layer(attention_fn=ATTEND, **options) -> nn.Module:
+    return nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=attention_fn, **options)
+
+
+def release(*operands, mechanism=SUMS, queries="public", rng=RNG, **options):
+    module = PrivateAttention(mechanism, queries)
+    return module.apply({}, *(operands or (Q, K, V)), rngs={"privacy": rng}, **options)
+
+
+class Stack(nn.Module):
+    """Two private layers with different mechanisms, the second over public queries."""
+
+    @nn.compact
+    def __call__(self, x, memory):
+        x = layer()(x)
+        return layer(PrivateAttention(SUMS, "public"))(x, memory)
+
+
+class Twice(nn.Module):
+    """One layer, or two, fed with the same operands: outputs differ by their noise alone."""
+
+    shared: bool
+    wrap: object = staticmethod(lambda cls: cls)
+
+    @nn.compact
+    def __call__(self, q):
+        attend = self.wrap(PrivateAttention)
+        if self.shared:
+            one = attend(SEQUENCE, "private")
+            return one(q, q, q), one(q, q, q)
+        return attend(SEQUENCE, "private")(q, q, q), attend(SEQUENCE, "private")(q, q, q)
+
+
+# What Flax passes --------------------------------------------------------------------------------
+
+
+def test_private_attention_shows_flax_every_parameter():
+    # Flax drops what is not in the signature: behind **kwargs there would be no mask.
+    seen = inspect.signature(ATTEND).parameters
+    assert all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in seen.values())
+    passed = set(inspect.signature(nn.dot_product_attention).parameters)
+    assert passed <= set(seen)
+
+
+def test_private_attention_gets_the_mask_through_the_layer():
+    model = layer(PrivateAttention(SUMS, "public"))
+    mask = jnp.ones((1, 1, 3, 5)).at[..., 0].set(0.0)
+    variables = model.init(RNG, X, MEMORY)
+    changed = MEMORY.at[:, 0].add(1.0)
+
+    def run(memory, mask):
+        return np.asarray(model.apply(variables, X, memory, mask=mask, rngs={"privacy": RNG}))
+
+    np.testing.assert_array_equal(run(MEMORY, mask), run(changed, mask))
+    assert np.any(run(MEMORY, None) != run(changed, None))
+
+
+def test_private_attention_takes_flax_masks_of_zeros_and_ones():
+    masks = nn.make_causal_mask(jnp.ones((1, 3)))
+    assert masks.dtype == jnp.float32
+    answers = [release(Q, Q, Q, mask=each) for each in (masks, masks.astype(bool), None)]
+    np.testing.assert_array_equal(answers[0], answers[1])
+    assert np.any(np.asarray(answers[0]) != np.asarray(answers[2]))
+
+
+def test_private_attention_refuses_additive_masks():
+    additive = jnp.where(jnp.arange(5) < 3, 0.0, -1e9)[None, None, None]
+    with pytest.raises(ValueError, match="key_log_weights"):
+        release(mask=additive)
+    # Traced, its values are unknown: it attends where it is exactly 1, so nowhere.
+    traced = jax.jit(lambda mask, rng: release(mask=mask, rng=rng))(additive, RNG)
+    np.testing.assert_allclose(traced, release(mask=jnp.zeros((1, 1, 1, 5))), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1, 3, 5), (1, 1, 3, 4), (1, 3, 3, 5), (2, 1, 3, 5)])
+def test_private_attention_refuses_masks_of_the_wrong_shape(shape):
+    with pytest.raises(ValueError, match=r"\(batch\.\.\., heads, queries, keys\) = \(1, 2, 3, 5\)"):
+        release(mask=jnp.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "queries"), [(SUMS, "public"), (SEQUENCE, "private")], ids=("sums", "sequence")
+)
+def test_private_attention_answers_masked_rows_without_the_values(mechanism, queries):
+    mask = jnp.ones((1, 1, 3, 5)).at[:, :, 1].set(0.0)
+
+    def row(value):
+        answer = release(Q, K, value, mechanism=mechanism, queries=queries, mask=mask)
+        return np.asarray(answer)[0, 1]
+
+    if mechanism is SUMS:
+        np.testing.assert_array_equal(row(V), row(V + 1.0))
+    else:  # clipping the sequence scales every row, and a zero row stays zero
+        np.testing.assert_allclose(row(V), row(3 * V), rtol=1e-6)
+    mean = nn.dot_product_attention(Q, K, V, mask=mask)[0, 1]
+    np.testing.assert_allclose(mean, np.mean(V[0], 0), rtol=1e-5)  # what Flax does
+
+
+def test_private_attention_refuses_dropout():
+    model = layer(dropout_rate=0.1)
+    variables = model.init(RNG, X, deterministic=True)
+    rngs = {"privacy": RNG, "dropout": OTHER_RNG}
+    with pytest.raises(ValueError, match="dropout_rate = 0"):
+        model.apply(variables, X, deterministic=False, rngs=rngs)
+    model.apply(variables, X, deterministic=True, rngs=rngs)
+
+
+def test_private_attention_noise_is_apart_from_dropout_of_the_same_key():
+    model = layer(dropout_rate=0.1)
+    variables = model.init(RNG, X, deterministic=True)
+    alone = model.apply(variables, X, deterministic=True, rngs={"privacy": RNG})
+    beside = model.apply(
+        variables, X, deterministic=True, rngs={"privacy": RNG, "dropout": RNG, "params": RNG}
+    )
+    np.testing.assert_array_equal(alone, beside)
+
+
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        ({"bias": jnp.zeros((1, 1, 3, 5))}, "key_log_weights"),
+        ({"module": ATTEND}, "sow_weights=False"),
+        ({"qk_attn_weights_einsum": jnp.einsum}, "qk_attn_weights_einsum"),
+        ({"einsum_dot_general": jax.lax.dot_general}, "einsum_dot_general"),
+    ],
+    ids=("bias", "sow", "einsum", "dot_general"),
+)
+def test_private_attention_refuses_what_breaks_the_bound(option, what):
+    with pytest.raises(ValueError, match=what):
+        release(**option)
+
+
+def test_private_attention_refuses_sown_weights_through_the_layer():
+    model = layer()
+    variables = model.init(RNG, X)
+    with pytest.raises(ValueError, match="sow_weights=False"):
+        model.apply(variables, X, sow_weights=True, rngs={"privacy": RNG})
+
+
+def test_private_attention_takes_only_sequence_release_for_private_tokens():
+    model = layer(PrivateAttention(SUMS, "private"))
+    with pytest.raises(ValueError, match="Use SequenceRelease"):
+        model.init(RNG, X)
+    with pytest.raises(TypeError, match="queries"):
+        PrivateAttention(SUMS)  # pyright: ignore: no default for a promise
+    with pytest.raises(ValueError, match="queries"):
+        release(queries="secret")
+
+
+def test_private_attention_without_noise_is_the_layer_of_flax():
+    mask = nn.make_causal_mask(jnp.ones((1, 3)))
+    model = layer(PrivateAttention(dpfa_jax.NonPrivate(), "private"), normalize_qk=True)
+    plain = layer(nn.dot_product_attention, normalize_qk=True)
+    variables = model.init(RNG, X)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, plain.init(RNG, X))
+    want = plain.apply(variables, X, mask=mask)
+    got = model.apply(variables, X, mask=mask)  # no stream: nothing is random
+    error = 64 * np.finfo(np.float32).eps * np.max(np.abs(want))
+    np.testing.assert_allclose(got, want, atol=error, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_private_attention_keeps_the_dtype_of_the_layer(dtype):
+    model = layer(dtype=dtype, force_fp32_for_softmax=True)
+    variables = model.init(RNG, X)
+    assert model.apply(variables, X, rngs={"privacy": RNG}).dtype == dtype
+    mixed = release(Q.astype(dtype), K, V)
+    assert mixed.dtype == jnp.float32
+    assert release(dtype=dtype).dtype == dtype
+
+
+def test_private_attention_takes_any_number_of_batch_axes():
+    q, k = heads(5, 2, 3, 4, 2, 2), heads(6, 2, 3, 5, 2, 2)
+    mask = jnp.asarray(np.random.default_rng(7).integers(0, 2, size=(2, 3, 1, 4, 5)), bool)
+    flat = release(
+        q.reshape(6, 4, 2, 2),
+        k.reshape(6, 5, 2, 2),
+        k.reshape(6, 5, 2, 2),
+        mask=mask.reshape(6, 1, 4, 5),
+    )
+    np.testing.assert_array_equal(release(q, k, k, mask=mask), flat.reshape(2, 3, 4, 2, 2))
+    one_mask = release(q, k, k, mask=mask[:1, :1])
+    assert one_mask.shape == (2, 3, 4, 2, 2)
+    assert release(q[0, 0], k[0, 0], k[0, 0]).shape == (4, 2, 2)
+    assert release(q[0], K, V).shape == (3, 4, 2, 2)  # one memory
+    with pytest.raises(ValueError, match="batch shape"):
+        release(q, k[:, :2], k[:, :2])
+
+
+def test_private_attention_decodes_step_by_step():
+    quiet = dpfa_jax.SequenceRelease(noise_multiplier=1e-9, clip_norm=100.0)
+    model = layer(PrivateAttention(quiet, "private"), decode=True)
+    variables = model.init(RNG, X)
+    params, cache = variables["params"], variables["cache"]
+
+    @jax.jit
+    def step(cache, token, rng):
+        return model.apply(
+            {"params": params, "cache": cache}, token, rngs={"privacy": rng}, mutable=["cache"]
+        )
+
+    answers = []
+    for i, rng in enumerate(dpfa_jax.random.split(RNG, 3)):
+        answer, state = step(cache, X[:, i : i + 1], rng)
+        cache = state["cache"]
+        answers.append(answer)
+    mask = nn.make_causal_mask(jnp.ones((1, 3)))
+    want = layer(nn.dot_product_attention).apply({"params": params}, X, mask=mask)
+    np.testing.assert_allclose(jnp.concatenate(answers, 1), want, atol=1e-4)
+    spec = accounting.events(step, cache, X[:, :1], KEY_SPEC)
+    assert spec == accounting.Gaussian(1e-9, coordinates=4)
+
+
+# The stream --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rngs", [{}, {"params": RNG}, RNG], ids=("none", "params", "one key"))
+def test_private_attention_refuses_to_fall_back_to_another_stream(rngs):
+    with pytest.raises(ValueError, match=r'rngs=\{"privacy": rng\}'):
+        ATTEND.apply({}, Q, Q, Q, rngs=rngs)
+
+
+@pytest.mark.parametrize("rng", [0, jax.random.PRNGKey(0)], ids=("int", "legacy"))
+def test_private_attention_refuses_weak_keys(rng):
+    with pytest.raises((TypeError, ValueError), match="key|PRNGKey"):
+        release(rng=rng)
+
+
+def test_private_attention_needs_and_spends_nothing_at_init():
+    model = Stack()
+    answer, variables = model.init_with_output({"params": RNG}, X, MEMORY)
+    assert answer.shape == X.shape
+    zeros, _ = PrivateAttention(SUMS, "public").init_with_output({"params": RNG}, Q, K, V)
+    np.testing.assert_array_equal(zeros, jnp.zeros((1, 3, 2, 2)))
+    assert accounting.events(model.init, RNG, X, MEMORY) == accounting.NoRelease()
+    assert "privacy" not in variables
+    with pytest.raises(ValueError, match="mask"):  # what apply would refuse, init refuses
+        layer().init(RNG, X, mask=jnp.ones((3, 3)))
+
+
+def test_events_of_a_model_need_no_head_shapes():
+    model = Stack()
+    variables = model.init(RNG, X, MEMORY)
+    found = accounting.events(
+        model.apply,
+        variables,
+        jax.ShapeDtypeStruct(X.shape, X.dtype),
+        MEMORY,
+        rngs={"privacy": KEY_SPEC},
+    )
+    # 3 queries × 2 heads × width 2, and one denominator for each query and head
+    want = {accounting.Gaussian(1.0, 12): 1, accounting.Gaussian(0.5, 18): 1}
+    assert accounting.event.leaves(found) == want
+    train = jax.grad(lambda v, rng: jnp.sum(model.apply(v, X, MEMORY, rngs={"privacy": rng})))
+    assert accounting.event.leaves(accounting.events(train, variables, KEY_SPEC)) == want
+
+
+def test_private_attention_draws_new_noise_for_every_layer_and_call():
+    for shared in (True, False):
+        model = Twice(shared)
+        outputs = model.apply({}, Q, rngs={"privacy": RNG})
+        assert not noise_repeats(outputs)
+        again = model.apply({}, Q, rngs={"privacy": RNG})
+        np.testing.assert_array_equal(outputs[0], again[0])
+        assert noise_repeats([outputs[0], again[0]])  # the question can be answered yes
+        other = model.apply({}, Q, rngs={"privacy": OTHER_RNG})
+        assert not noise_repeats([*outputs, *other])
+
+
+@pytest.mark.parametrize("wrap", [nn.jit, nn.remat], ids=("jit", "remat"))
+@pytest.mark.parametrize("shared", [True, False])
+def test_private_attention_draws_new_noise_in_lifted_layers(wrap, shared):
+    plain = Twice(shared).apply({}, Q, rngs={"privacy": RNG})
+    lifted = Twice(shared, wrap).apply({}, Q, rngs={"privacy": RNG})
+    assert not noise_repeats(lifted)
+    if wrap is nn.remat:  # whose backward pass runs it again, under the same noise
+        np.testing.assert_allclose(lifted[1], plain[1], rtol=1e-5)
+        both = [
+            jax.grad(lambda q, m=m: jnp.sum(m.apply({}, q, rngs={"privacy": RNG})[0]))(Q)
+            for m in (Twice(shared), Twice(shared, wrap))
+        ]
+        np.testing.assert_allclose(both[0], both[1], rtol=1e-4, atol=1e-6)
+
+
+def test_private_attention_shared_between_layers_draws_new_noise():
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            ones = nn.initializers.ones
+            return [layer(kernel_init=ones, out_features=12)(x)[:, :1] for _ in range(2)]
+
+    model = Shared()
+    variables = model.init(RNG, X)
+    value = model.apply(variables, X, rngs={"privacy": RNG})
+    assert np.all(np.asarray(value[0]) != np.asarray(value[1]))
+
+
+def test_named_key_separates_what_flax_does_not():
+    parts = [("ab", "c"), ("a", "bc"), ("abc",), ("a", 1), ("a", "1"), ("a", "\x01")]
+    flax = [jax.random.key_data(_fold_in_static(RNG, each)) for each in parts]
+    np.testing.assert_array_equal(flax[0], flax[1])  # the trap
+    ours = {tuple(jax.random.key_data(_flax.named_key(RNG, *each)).tolist()) for each in parts}
+    assert len(ours) == len(parts)
+
+
+def scanned(split_rngs, cls=PrivateAttention, **options):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, carry, _):
+            operands = (carry, carry, carry) if cls is PrivateAttention else (carry,)
+            module = cls(SEQUENCE, "private") if cls is PrivateAttention else cls(**options)
+            return carry, module(*operands)
+
+    lift = nn.scan(Block, variable_broadcast="params", split_rngs=split_rngs, length=3)
+    return lambda rngs: lift().apply({}, Q, None, rngs=rngs)[1]
+
+
+def test_private_attention_draws_new_noise_in_every_step_of_a_scan():
+    run = scanned({"params": False, "privacy": True})
+    assert not noise_repeats(run({"privacy": RNG}))
+    found = accounting.events(lambda rng: run({"privacy": rng}), KEY_SPEC)
+    assert found == accounting.Repeated(accounting.Gaussian(1.0, 12), 3)
+
+
+def test_private_attention_refuses_a_scan_that_does_not_split_its_stream():
+    same = scanned({"dropout": False}, nn.Dropout, rate=0.5, deterministic=False)
+    masks = same({"dropout": RNG})
+    np.testing.assert_array_equal(masks[0], masks[1])  # what Flax does with dropout
+    for split, message in (
+        ({"params": False}, 'PRNG stream "privacy"'),
+        ({"params": False, "privacy": False}, "same noise"),
+    ):
+        run = scanned(split)
+        for call in (run, jax.jit(run)):
+            with pytest.raises(ValueError, match=message) as caught:
+                call({"privacy": RNG})
+            assert 'split_rngs={"params": ..., "privacy": True}' in str(caught.value)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_private_attention_draws_new_noise_for_every_vmapped_example(split):
+    lift = nn.vmap(PrivateAttention, split_rngs={"privacy": split})(SEQUENCE, "private")
+    q = jnp.broadcast_to(Q, (3, *Q.shape))
+    assert not noise_repeats(lift.apply({}, q, q, q, rngs={"privacy": RNG}))
+    outer = jax.vmap(lambda q: ATTEND.apply({}, q, q, q, rngs={"privacy": RNG}))(q)
+    assert not noise_repeats(outer)
+    found = accounting.events(lambda rng: lift.apply({}, q, q, q, rngs={"privacy": rng}), KEY_SPEC)
+    assert found == accounting.Repeated(accounting.Gaussian(1.0, 12), 3)
+
+
+def test_private_attention_refuses_keys_that_traced_code_closes_over():
+    def run(q, rng=RNG):
+        return ATTEND.apply({}, q, q, q, rngs={"privacy": rng})
+
+    with pytest.raises(ValueError, match="same noise"):
+        jax.jit(run)(Q)
+    with pytest.raises(ValueError, match="same noise"):
+        jax.lax.scan(lambda carry, q: (carry, run(q)), 0, Q[None])
+    with pytest.raises(ValueError, match="same noise"):
+        jax.jit(lambda rng: jax.lax.map(lambda q: run(q, rng), Q[None]))(RNG)
+    one = jax.jit(run)(Q, RNG)
+    np.testing.assert_allclose(one, run(Q), rtol=1e-5)
+    keys = dpfa_jax.random.split(RNG, 3)
+    steps = jax.lax.map(lambda rng: run(Q, rng), keys)
+    assert not noise_repeats(steps)
+    jax.jit(lambda rng: jax.grad(lambda q: jnp.sum(run(q, rng)))(Q))(RNG)
+
+
+def test_private_attention_refuses_branches():
+    class Branch(nn.Module):
+        @nn.compact
+        def __call__(self, q):
+            attend = PrivateAttention(SEQUENCE, "private")
+            return nn.cond(jnp.sum(q) > 0, lambda m, q: m(q, q, q), lambda m, q: q, attend, q)
+
+    with pytest.raises(ValueError, match="nn.cond"):
+        Branch().apply({}, Q, rngs={"privacy": RNG})
+
+
+# PrivateCrossAttention ---------------------------------------------------------------------------
+
+
+def cross(mechanism=SUMS, **options) -> PrivateCrossAttention:
+    return PrivateCrossAttention(num_heads=2, mechanism=mechanism, queries="public", **options)
+
+
+def test_private_cross_attention_releases_one_memory_for_a_batch():
+    model = cross(num_kv_heads=1, out_features=6)
+    queries = jnp.concatenate([X, X + 1.0])
+    variables = model.init(RNG, queries, MEMORY[0])
+    answer = model.apply(variables, queries, MEMORY[0], rngs={"privacy": RNG})
+    assert answer.shape == (2, 3, 6)
+    same = model.apply(variables, queries, MEMORY, rngs={"privacy": RNG})
+    np.testing.assert_array_equal(answer, same)
+    found = accounting.events(
+        model.apply, variables, queries, MEMORY[0], rngs={"privacy": KEY_SPEC}
+    )
+    assert found == accounting.Gaussian(0.5, 2 * 3 * 2 * 3)
+
+
+def test_private_cross_attention_ignores_a_broken_record_alone():
+    model = cross()
+    variables = model.init(RNG, X, MEMORY)
+
+    def run(memory, **options):
+        return np.asarray(model.apply(variables, X, memory, rngs={"privacy": RNG}, **options))
+
+    whole, broken = run(MEMORY), run(MEMORY.at[0, 2, 1].set(jnp.nan))
+    without = run(MEMORY, mask=jnp.ones((1, 1, 1, 5)).at[..., 2].set(0.0))
+    weightless = run(MEMORY, key_log_weights=jnp.zeros(5).at[2].set(-jnp.inf))
+    short = run(MEMORY, key_value_seq_lengths=jnp.array([2]))
+    np.testing.assert_allclose(broken, without, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(broken, weightless, rtol=1e-5, atol=1e-6)
+    assert np.any(np.abs(whole - broken) > 1e-3) and np.any(np.abs(short - broken) > 1e-3)
+
+
+def test_private_cross_attention_without_noise_is_the_layer_of_flax():
+    model = cross(dpfa_jax.NonPrivate())
+    plain = layer(nn.dot_product_attention)
+    variables = model.init(RNG, X, MEMORY)
+    want = plain.apply(variables, X, MEMORY)
+    error = 64 * np.finfo(np.float32).eps * np.max(np.abs(want))
+    np.testing.assert_allclose(model.apply(variables, X, MEMORY), want, atol=error, rtol=0)
+
+
+def test_private_cross_attention_refuses_self_attention_and_missing_streams():
+    model = cross()
+    variables = model.init(RNG, X, MEMORY)
+    with pytest.raises(ValueError, match="one array as both"):
+        model.apply(variables, X, X, rngs={"privacy": RNG})
+    with pytest.raises(ValueError, match=r'rngs=\{"privacy": rng\}'):
+        model.apply(variables, X, MEMORY, rngs={"params": RNG})
+    with pytest.raises(ValueError, match="num_heads to divide"):
+        cross(qkv_features=5).init(RNG, X, MEMORY)
