@@ -17,7 +17,10 @@ from dpfa_jax.accounting import (
     Laplace,
     NonPrivate,
     NoRelease,
+    PoissonSampled,
     Repeated,
+    SampledWithoutReplacement,
+    TruncatedPoissonSampled,
     convert,
     gdp,
 )
@@ -43,7 +46,8 @@ def test_epsilon_charges_the_cut_off():
     assert accounting.epsilon(cut, 1.5 * flux) < math.inf
     # Four quarters of the coordinates cost what the whole does.
     quarters = Repeated(Gaussian(2.0, 8_500_000), 4)
-    assert abs(accounting.epsilon(quarters, 1e-7) / accounting.epsilon(cut, 1e-7) - 1) <= 1e-9
+    whole = accounting.epsilon(cut, 1e-7)
+    assert (1 - 1e-3) * whole <= accounting.epsilon(quarters, 1e-7) <= whole * (1 + 1e-9)
     # Other releases beside it do not lose the term.
     mixed = Composed([cut, Laplace(10.0)])
     assert accounting.epsilon(mixed, 0.9 * flux) == math.inf
@@ -150,6 +154,57 @@ def test_cost_of_wide_noise_is_small_but_not_zero():
     for leaf in (Gaussian(1e200), Gaussian(1e300)):
         assert 0.0 < accounting.mu(leaf) <= 1e-149
         assert accounting.delta(leaf, 1.0) > 0.0
+
+
+def test_sampled_releases_cost_their_curve_and_compose():
+    step = PoissonSampled(Gaussian(1.0), 0.01)
+    for steps, published in ((100, 1.214), (1000, 2.101)):
+        assert abs(accounting.epsilon(Repeated(step, steps), 1e-5) - published) <= 1e-3
+    layer = Composed([Repeated(step, 1000), Gaussian(5.0)])
+    assert accounting.epsilon(layer, 1e-5) > accounting.epsilon(Repeated(step, 1000), 1e-5)
+    assert accounting.mu(step) == math.inf
+    assert accounting.epsilon(step, 0.0) == math.inf
+
+
+def test_sampled_releases_charge_the_cut_off():
+    ideal = Repeated(PoissonSampled(Gaussian(1.0), 0.01), 1000)
+    cut = Repeated(PoissonSampled(Gaussian(1.0, 10**6), 0.01), 1000)
+    flux = 10 * gdp.cut_off(1.0, 10**6)[1]
+    assert accounting.delta(cut, 2.0) > accounting.delta(ideal, 2.0) + 0.99 * flux
+    assert accounting.epsilon(cut, flux) == math.inf
+    fixed = Repeated(SampledWithoutReplacement(9.0, 1.0, 10, 1000, 10**6), 100)
+    lost = 2 * 100 * 10**6 * 2.0**-40
+    assert accounting.delta(fixed, 1e-9) > lost
+    assert accounting.epsilon(fixed, lost) == math.inf
+    assert accounting.epsilon(fixed, 3 * lost) < math.inf
+
+
+def test_truncation_is_free_with_room_and_charged_without():
+    ideal = Repeated(PoissonSampled(Gaussian(1.0), 0.01), 1000)
+    free = Repeated(TruncatedPoissonSampled(Gaussian(1.0), 0.01, 10_000, 200), 1000)
+    tight = Repeated(TruncatedPoissonSampled(Gaussian(1.0), 0.01, 10_000, 150), 1000)
+    hopeless = Repeated(TruncatedPoissonSampled(Gaussian(1.0), 0.01, 10_000, 110), 1000)
+    base = accounting.epsilon(ideal, 1e-5)
+    assert base <= accounting.epsilon(free, 1e-5) <= base * (1 + 1e-6)
+    assert accounting.epsilon(ideal, 1e-2) < accounting.epsilon(tight, 1e-2) < math.inf
+    assert accounting.epsilon(hopeless, 1e-5) == math.inf
+    for event, delta in ((free, 1e-5), (tight, 1e-2)):
+        epsilon = accounting.epsilon(event, delta)
+        assert accounting.delta(event, epsilon) <= delta * (1 + 1e-6)
+
+
+def test_adjacencies_do_not_mix():
+    mixed = Composed(
+        [PoissonSampled(Gaussian(1.0), 0.1), SampledWithoutReplacement(1.0, 1.0, 1, 9)]
+    )
+    for call in (
+        lambda: accounting.epsilon(mixed, 1e-5),
+        lambda: accounting.delta(mixed, 1.0),
+        lambda: accounting.rdp_curve(mixed),
+        lambda: accounting.mu(mixed),
+    ):
+        with pytest.raises(ValueError, match="adjacency"):
+            call()
 
 
 def test_rdp_curve_adds_the_leaves():

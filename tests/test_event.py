@@ -8,6 +8,7 @@ import pytest
 
 from dpfa_jax.accounting import event as events_lib
 from dpfa_jax.accounting.event import (
+    BoundedRange,
     Composed,
     DiscreteGaussian,
     ExponentialMechanism,
@@ -15,7 +16,12 @@ from dpfa_jax.accounting.event import (
     Laplace,
     NonPrivate,
     NoRelease,
+    PoissonSampled,
+    RandomizedResponse,
     Repeated,
+    SampledWithoutReplacement,
+    Skellam,
+    TruncatedPoissonSampled,
 )
 
 LEAVES = (
@@ -23,6 +29,12 @@ LEAVES = (
     Laplace(3.0),
     DiscreteGaussian(4.0),
     ExponentialMechanism(1.0, 0.1),
+    RandomizedResponse(1.0),
+    BoundedRange(2.0),
+    Skellam(5.0, 3.0, 2.0),
+    PoissonSampled(Gaussian(1.0, 3), 0.01),
+    TruncatedPoissonSampled(Gaussian(1.0), 0.01, 1000, 40),
+    SampledWithoutReplacement(2.0, 1.0, 10, 1000),
     NonPrivate(),
     NoRelease(),
 )
@@ -50,6 +62,31 @@ def test_exponential_mechanism_refuses_what_is_no_bound(bad):
     for arguments in ((bad, 1.0), (1.0, bad)):
         with pytest.raises((TypeError, ValueError)):
             ExponentialMechanism(*arguments)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.5, 1.5, math.inf, "1", None, True])
+def test_sampled_events_refuse_what_is_no_sample(bad):
+    base = Gaussian(1.0)
+    for make in (
+        lambda: PoissonSampled(base, bad),
+        lambda: PoissonSampled(bad, 0.1),
+        lambda: PoissonSampled(Laplace(1.0), 0.1),
+        lambda: PoissonSampled(Repeated(base, 2), 0.1),
+        lambda: TruncatedPoissonSampled(base, bad, 10, 5),
+        lambda: TruncatedPoissonSampled(base, 0.1, bad, 5),
+        lambda: TruncatedPoissonSampled(base, 0.1, 10, bad),
+        lambda: TruncatedPoissonSampled(base, 0.1, 10, 0),
+        lambda: SampledWithoutReplacement(1.0, bad if bad != 1.5 else 0.0, 5, 10),
+        lambda: SampledWithoutReplacement(1.0, 1.0, bad, 10),
+        lambda: SampledWithoutReplacement(1.0, 1.0, 11, 10),
+        lambda: SampledWithoutReplacement(1.0, 1.0, 5, bad),
+        lambda: RandomizedResponse(bad if bad not in (1.5, math.inf) else -1.0),
+        lambda: BoundedRange(bad if bad not in (1.5, math.inf) else -1.0),
+        lambda: Skellam(bad if bad != 1.5 else -1.0, 1.0, 1.0),
+        lambda: Skellam(1.0, 1.0, 2.0),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            make()
 
 
 @pytest.mark.parametrize("bad", [-1, 0, 1.0, math.nan, "1", None, True])

@@ -14,8 +14,8 @@ ORDERS = (1.001, 1.5, 2.0, 7.3, 64.0, 1000.0)
 
 
 def divergence(log_p, log_q, order, points) -> float:
-    """ln ∫ p^α q^(1−α) / (α − 1), each in mpmath with 40 digits."""
-    with mpmath.workdps(40):
+    """ln ∫ p^α q^(1−α) / (α − 1), each in mpmath with 25 digits."""
+    with mpmath.workdps(25):
         order = mpmath.mpf(order)
         mass = mpmath.quad(
             lambda x: mpmath.exp(order * log_p(x) + (1 - order) * log_q(x)), sorted(points)
@@ -121,6 +121,66 @@ def test_exponential_is_the_smaller_of_both_bounds():
     assert curve.tolist() == [0.55, 1.0, rdp.randomized_response(2.0, 100.0)[0]]
 
 
+@pytest.mark.parametrize("bound", [1e-6, 0.01, 0.5, 3.0, 40.0, 600.0])
+def test_bounded_range_is_the_worst_two_point_pair(bound):
+    with mpmath.workdps(60):
+        eta = mpmath.mpf(bound)
+        for order in ORDERS:
+            alpha = mpmath.mpf(order)
+
+            def divergence_at(t, alpha=alpha):
+                # Log-ratios t and t − η: the first with the probability that makes the mean 1.
+                weight = (mpmath.exp(eta - t) - 1) / (mpmath.exp(eta) - 1)
+                moment = weight * mpmath.exp(alpha * t)
+                moment += (1 - weight) * mpmath.exp(alpha * (t - eta))
+                return mpmath.log(moment) / (alpha - 1)
+
+            found = rdp.bounded_range(bound, order)[0]
+            turn = mpmath.log(
+                (1 - 1 / alpha)
+                * mpmath.exp(eta)
+                * (1 - mpmath.exp(-alpha * eta))
+                / (1 - mpmath.exp((1 - alpha) * eta))
+            )
+            best = divergence_at(turn)
+            for k in range(1, 20):
+                assert found >= divergence_at(eta * k / 20)
+            assert found >= best
+            if bound >= 0.01 and order >= 1.5:
+                assert found <= best * (1 + mpmath.mpf(1e-8))
+            # For tiny ranges the quadratic bound takes over, and there it is the value.
+            assert found <= best * (1 + max(mpmath.mpf(1e-8), eta * order))
+
+
+@pytest.mark.parametrize("variance", [0.05, 0.5, 3.0, 100.0])
+def test_skellam_bounds_the_exact_sum(variance):
+    """One coordinate, integer shifts and orders: the exact divergence by summing Bessel masses."""
+    with mpmath.workdps(40):
+        reach = 90 + int(12 * math.sqrt(variance))
+        logs = [mpmath.log(mpmath.besseli(k, variance)) - variance for k in range(reach + 1)]
+        for shift in (1, 2, 5):
+            for order in (2, 3, 8):
+                cells = range(-reach, reach + 1 - shift)
+                moment = mpmath.fsum(
+                    mpmath.exp(order * logs[abs(k)] + (1 - order) * logs[abs(k + shift)])
+                    for k in cells
+                )
+                exact = mpmath.log(moment) / (order - 1)
+                bound = rdp.skellam(math.sqrt(variance), shift, shift, float(order))[0]
+                assert exact <= bound
+    wide = rdp.skellam(1e3, 1.0, 1.0, 2.0)[0]
+    assert abs(wide / rdp.gaussian(1e3, 2.0)[0] - 1) <= 1e-5
+
+
+def test_skellam_interpolates_between_integer_orders():
+    orders = np.array([1.5, 2.0, 2.5, 3.0])
+    curve = rdp.skellam(2.0, 1.0, 1.0, orders)
+    scaled = (orders - 1) * curve
+    np.testing.assert_allclose(scaled[2], 0.5 * (scaled[1] + scaled[3]), rtol=1e-12)
+    assert (rdp.skellam(0.0, 1.0, 1.0, orders) == math.inf).all()
+    assert (rdp.skellam(1e200, 1.0, 1.0, orders) > 0).all()
+
+
 @pytest.mark.parametrize("noise_multiplier", [0.7, 3.0])
 def test_curves_agree_with_dp_accounting(noise_multiplier):
     orders = [1.5, 2.0, 8.0, 64.0]
@@ -186,6 +246,10 @@ def test_curves_refuse_nan_and_negatives(bad):
         lambda: rdp.zcdp(bad, 2.0),
         lambda: rdp.randomized_response(bad, 2.0),
         lambda: rdp.exponential(bad, 1.0, 2.0),
+        lambda: rdp.bounded_range(bad, 2.0),
+        lambda: rdp.skellam(bad, 1.0, 1.0, 2.0),
+        lambda: rdp.skellam(1.0, bad, 1.0, 2.0),
+        lambda: rdp.skellam(1.0, 1.0, bad, 2.0),
         lambda: rdp.exponential(1.0, bad, 2.0),
         lambda: rdp.gaussian(1.0, bad),
         lambda: rdp.gaussian(1.0, [2.0, bad]),

@@ -1,14 +1,14 @@
 """What an event costs: ε, δ, μ and the RDP curve of everything inside it."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dpfa_jax import _check
-from dpfa_jax.accounting import convert, gdp, rdp
+from dpfa_jax.accounting import convert, gdp, rdp, subsample
 from dpfa_jax.accounting import event as events_lib
 from dpfa_jax.accounting.event import Event
 
@@ -32,8 +32,11 @@ class _Profile:
     """An event sorted by what is known exactly about its leaves."""
 
     mu_squared: float  # Σμ² of the Gaussian leaves
-    coordinates: int  # their noisy scalars
     others: tuple[tuple[Event, int], ...]
+    pure: float  # Σε of the others at δ = 0
+    log_factor: float  # of all noise that ends (G3)
+    flux: float
+    variation: float  # Σ of total variation distances to what is charged
 
     @property
     def mu(self) -> float:
@@ -48,28 +51,79 @@ def _inverse_square(noise_multiplier: float) -> float:
     return max(inverse * inverse, 1e-300)
 
 
+def _cut_off(noise_multiplier: float, coordinates: int) -> tuple[float, float]:
+    return gdp.cut_off(math.sqrt(_inverse_square(noise_multiplier)) * _UP, coordinates)
+
+
+def _few(coordinates: int) -> int:
+    """Beyond 2⁶⁰ the cut-off spends every δ: no larger number is told apart."""
+    return min(coordinates, 1 << 60)
+
+
 def _profile(event: Event) -> _Profile:
-    squared, coordinates, others = 0.0, 0, []
+    squared, coordinates, apart = 0.0, 0, 0.0
+    factors, fluxes, variations, others = [], [], [], []
+    unit = ""
     for leaf, count in events_lib.leaves(event).items():
         if isinstance(leaf, events_lib.Gaussian):
             squared += _times(count, _inverse_square(leaf.noise_multiplier))
             coordinates += count * leaf.coordinates
-        else:
-            others.append((leaf, count))
-    # Beyond 2⁶⁰ the cut-off spends every δ: no larger number is told apart.
-    return _Profile(squared * _UP, min(coordinates, 1 << 60), tuple(others))
+            if leaf.coordinates:
+                apart += _times(count, _cut_off(leaf.noise_multiplier, leaf.coordinates)[1])
+            continue
+        others.append((leaf, count))
+        match leaf:
+            case events_lib.PoissonSampled() | events_lib.TruncatedPoissonSampled():
+                factor, flux = _cut_off(leaf.event.noise_multiplier, leaf.event.coordinates)
+                factors.append(_times(count, factor))
+                fluxes.append(_times(count, flux * leaf.sampling_rate))
+                needs = "ZERO_OUT"
+            case events_lib.SampledWithoutReplacement():
+                lost = leaf.coordinates * 2.0**-gdp.RADIUS_BITS if leaf.coordinates else 0.0
+                variations.append(_times(count, lost))
+                needs = "REPLACE_ONE"
+            case _:
+                continue
+        if isinstance(leaf, events_lib.TruncatedPoissonSampled):
+            overflow = subsample.poisson_overflow(leaf.records, leaf.sampling_rate, leaf.capacity)
+            variations.append(_times(count, overflow))
+        if unit not in ("", needs):
+            raise ValueError(
+                "Expected releases for one adjacency, got Poisson sampling (ZERO_OUT) beside "
+                "sampling without replacement (REPLACE_ONE). Account for them separately."
+            )
+        unit = needs
+    pure = math.fsum(_times(count, _pure_epsilon(leaf)) for leaf, count in others) * _UP
+    profile = _Profile(squared * _UP, tuple(others), pure, 0.0, 0.0, math.fsum(variations) * _UP)
+    factor, flux = gdp.cut_off(profile.mu, _few(coordinates))
+    factor = (factor + math.fsum(factors)) * _UP
+    flux = min(flux, apart) + math.fsum(fluxes)
+    flux = math.inf if factor > 700.0 else flux * math.exp(factor) * _UP
+    return dataclasses.replace(profile, log_factor=min(factor, 700.0), flux=min(flux, 1.0))
 
 
 def _leaf_rdp(leaf: Event, orders: rdp.Curve) -> rdp.Curve:
     match leaf:
-        case events_lib.Gaussian():
-            return rdp.gaussian(leaf.noise_multiplier, orders)
         case events_lib.Laplace():
             return rdp.laplace(leaf.noise_multiplier, orders)
         case events_lib.DiscreteGaussian():
             return rdp.discrete_gaussian(leaf.noise_multiplier, orders)
         case events_lib.ExponentialMechanism():
             return rdp.exponential(leaf.epsilon, leaf.zcdp, orders)
+        case events_lib.RandomizedResponse():
+            return rdp.randomized_response(leaf.epsilon, orders)
+        case events_lib.BoundedRange():
+            return rdp.bounded_range(leaf.bound, orders)
+        case events_lib.Skellam():
+            return rdp.skellam(leaf.noise_std, leaf.l1_sensitivity, leaf.l2_sensitivity, orders)
+        case events_lib.PoissonSampled() | events_lib.TruncatedPoissonSampled():
+            multiplier, rate = leaf.event.noise_multiplier, leaf.sampling_rate
+            return subsample.poisson_gaussian(multiplier, rate, orders)
+        case events_lib.SampledWithoutReplacement():
+            rate = min(leaf.sample_size / leaf.records * _UP, 1.0)
+            return subsample.gaussian_without_replacement(
+                leaf.noise_std, leaf.clip_norm, rate, orders
+            )
         case events_lib.NonPrivate():
             return np.full(orders.shape, math.inf)
     raise TypeError(f"Expected a known accounting event, got {leaf!r}. It has no RDP curve here.")
@@ -80,18 +134,20 @@ def _pure_epsilon(leaf: Event) -> float:
     match leaf:
         case events_lib.Laplace():
             return math.inf if leaf.noise_multiplier == 0.0 else 1.0 / leaf.noise_multiplier
-        case events_lib.ExponentialMechanism():
+        case events_lib.ExponentialMechanism() | events_lib.RandomizedResponse():
             return leaf.epsilon
+        case events_lib.BoundedRange():
+            return leaf.bound
     return math.inf
 
 
-def _rdp(leaves: Mapping[Event, int], orders: rdp.Curve) -> rdp.Curve:
-    total = np.zeros(orders.shape)
-    for leaf, count in leaves.items():
+def _rdp(profile: _Profile, orders: rdp.Curve) -> rdp.Curve:
+    total = rdp.zcdp(0.5 * profile.mu_squared, orders)
+    for leaf, count in profile.others:
         curve = _leaf_rdp(leaf, orders)
         with np.errstate(invalid="ignore", over="ignore"):
-            total += np.where(curve == 0.0, 0.0, curve * _float(count))
-    return total * (1.0 + 2.0**-52 * (16.0 + len(leaves)))
+            total = total + np.where(curve == 0.0, 0.0, curve * _float(count))
+    return total * (1.0 + 2.0**-52 * (16.0 + len(profile.others)))
 
 
 def rdp_curve(event: Event, orders: ArrayLike = rdp.DEFAULT_ORDERS) -> rdp.Curve:
@@ -109,11 +165,11 @@ def rdp_curve(event: Event, orders: ArrayLike = rdp.DEFAULT_ORDERS) -> rdp.Curve
 
     Raises:
       TypeError: if `event` is not an event.
-      ValueError: for orders not above 1.
+      ValueError: for orders not above 1, or for releases of different adjacencies.
 
     Guarantee: E1 (charge.md).
     """
-    return _rdp(events_lib.leaves(event), rdp.check_orders(orders))
+    return _rdp(_profile(event), rdp.check_orders(orders))
 
 
 def mu(event: Event) -> float:
@@ -163,19 +219,39 @@ def epsilon(event: Event, delta: float) -> float:
     """
     tolerance = _check.real("delta", delta, low=0, high=1, open_high=True)
     profile = _profile(event)
-    log_factor, flux = gdp.cut_off(profile.mu, profile.coordinates)
-    if flux > 0.0:
-        left = (tolerance - flux) * (1.0 - 4.0 * 2.0**-52)
-        tolerance = left * math.exp(-log_factor) * (1.0 - 4.0 * 2.0**-52)
+    if profile.variation == 0.0:
+        return _ideal_epsilon(profile, _ideal_tolerance(profile, tolerance))
+    # (1 + e^ε)·variation is paid from δ, so ε solves ε = f(ε) with f growing: iterate from below.
+    found = 0.0
+    for _ in range(200):
+        charged = (1.0 + math.exp(min(found, 700.0))) * profile.variation * _UP
+        left = _ideal_tolerance(profile, tolerance - charged)
+        needed = _ideal_epsilon(profile, left) if left > 0.0 else math.inf
+        if needed <= found:
+            return found
+        if needed == math.inf:
+            return math.inf
+        found = needed * (1.0 + 1e-12)
+    return math.inf
+
+
+def _ideal_tolerance(profile: _Profile, tolerance: float) -> float:
+    """δ that is left for ideal noise after its cut-off; below 0 where nothing is."""
+    if profile.flux == 0.0:
+        return tolerance
+    left = (tolerance - profile.flux) * (1.0 - 4.0 * 2.0**-52)
+    return left * math.exp(-profile.log_factor) * (1.0 - 4.0 * 2.0**-52)
+
+
+def _ideal_epsilon(profile: _Profile, tolerance: float) -> float:
     if not tolerance >= 0.0:
         return math.inf
     gaussian = gdp.epsilon(tolerance, profile.mu)
     if not profile.others:
         return gaussian
-    pure = math.fsum(_times(count, _pure_epsilon(leaf)) for leaf, count in profile.others) * _UP
-    leaves = events_lib.leaves(event)
-    renyi = convert.epsilon(lambda orders: _rdp(leaves, orders), tolerance)
-    return min(gaussian + pure, renyi)
+    return min(
+        gaussian + profile.pure, convert.epsilon(functools.partial(_rdp, profile), tolerance)
+    )
 
 
 def delta(event: Event, epsilon: float) -> float:
@@ -201,19 +277,18 @@ def delta(event: Event, epsilon: float) -> float:
     """
     target = _check.real("epsilon", epsilon, low=0, finite=False)
     profile = _profile(event)
-    log_factor, flux = gdp.cut_off(profile.mu, profile.coordinates)
     if not profile.others:
         ideal = gdp.delta(target, profile.mu)
     else:
-        pure = math.fsum(_times(count, _pure_epsilon(leaf)) for leaf, count in profile.others)
-        pure *= _UP
         ideal = 1.0
-        if pure < math.inf and pure <= target:
-            ideal = gdp.delta(_minus(target, pure), profile.mu)
-        leaves = events_lib.leaves(event)
-        ideal = min(ideal, convert.delta(lambda orders: _rdp(leaves, orders), target))
-    total = (ideal * math.exp(log_factor) + flux) * _UP if flux > 0.0 else ideal
-    return min(total, 1.0)
+        if profile.pure < math.inf and profile.pure <= target:
+            ideal = gdp.delta(_minus(target, profile.pure), profile.mu)
+        ideal = min(ideal, convert.delta(functools.partial(_rdp, profile), target))
+    if profile.flux > 0.0:
+        ideal = (ideal * math.exp(profile.log_factor) + profile.flux) * _UP
+    if profile.variation > 0.0:
+        ideal += (1.0 + math.exp(min(target, 700.0))) * profile.variation * _UP
+    return min(ideal * _UP if profile.variation else ideal, 1.0)
 
 
 def _minus(target: float, spent: float) -> float:

@@ -100,6 +100,174 @@ class ExponentialMechanism(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class RandomizedResponse(Event):
+    """An (epsilon, 0)-DP release of which nothing else is known; randomized response is the worst.
+
+    Attributes:
+      epsilon: bound on every log-likelihood ratio, nats, in [0, ∞].
+    """
+
+    epsilon: float
+
+    def __post_init__(self):
+        checked = _check.real("epsilon", self.epsilon, low=0, finite=False)
+        object.__setattr__(self, "epsilon", checked)
+
+    def __str__(self):
+        return f"randomized response, epsilon {self.epsilon:.6g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundedRange(Event):
+    """A release whose log-likelihood ratios span at most `bound` (exponential mechanism, softmax).
+
+    Attributes:
+      bound: largest minus smallest log-likelihood ratio, nats, in [0, ∞]. Sampled attention with
+        one score replaced within [−B, B] has 2B.
+    """
+
+    bound: float
+
+    def __post_init__(self):
+        object.__setattr__(self, "bound", _check.real("bound", self.bound, low=0, finite=False))
+
+    def __str__(self):
+        return f"release of bounded range {self.bound:.6g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Skellam(Event):
+    """A release on the integers with Skellam noise (a difference of two equal Poisson variables).
+
+    Attributes:
+      noise_std: standard deviation of the noise per coordinate, ≥ 0; 0 costs ∞.
+      l1_sensitivity: on the integer lattice, ≥ l2_sensitivity.
+      l2_sensitivity: on the integer lattice, > 0.
+    """
+
+    noise_std: float
+    l1_sensitivity: float
+    l2_sensitivity: float
+
+    def __post_init__(self):
+        std = _check.real("noise_std", self.noise_std, low=0)
+        l2 = _check.real("l2_sensitivity", self.l2_sensitivity, low=0, open_low=True)
+        l1 = _check.real("l1_sensitivity", self.l1_sensitivity, low=l2)
+        for name, value in (("noise_std", std), ("l1_sensitivity", l1), ("l2_sensitivity", l2)):
+            object.__setattr__(self, name, value)
+
+    def __str__(self):
+        return (
+            f"Skellam release, noise std {self.noise_std:.6g}, sensitivity "
+            f"{self.l1_sensitivity:.6g} (l1), {self.l2_sensitivity:.6g} (l2)"
+        )
+
+
+def _sampled_gaussian(event: Any) -> Gaussian:
+    if not isinstance(event, Gaussian):
+        raise TypeError(f"Expected event to be a Gaussian release, got {event!r}.")
+    return event
+
+
+@dataclasses.dataclass(frozen=True)
+class PoissonSampled(Event):
+    """A Gaussian release of a Poisson sample: each record takes part with probability q by itself.
+
+    ZERO_OUT only. Shuffled or sequential batches are not Poisson samples and have no event here.
+
+    Attributes:
+      event: the Gaussian release, its multiplier noise_std/clip_norm.
+      sampling_rate: q in [0, 1].
+    """
+
+    event: Gaussian
+    sampling_rate: float
+
+    def __post_init__(self):
+        _sampled_gaussian(self.event)
+        rate = _check.real("sampling_rate", self.sampling_rate, low=0, high=1)
+        object.__setattr__(self, "sampling_rate", rate)
+
+    def __str__(self):
+        return f"Poisson sample at rate {self.sampling_rate:.6g}: {self.event}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedPoissonSampled(Event):
+    """A Poisson sample of which at most `capacity` records are kept, for fixed shapes.
+
+    ZERO_OUT only, with the number of records public. An overflow is charged to δ; records beyond
+    the capacity are dropped, never redrawn.
+
+    Attributes:
+      event: the Gaussian release, its multiplier noise_std/clip_norm.
+      sampling_rate: q in [0, 1].
+      records: how many records there are, public, ≥ 1.
+      capacity: how many of a sample are kept, ≥ 1.
+    """
+
+    event: Gaussian
+    sampling_rate: float
+    records: int
+    capacity: int
+
+    def __post_init__(self):
+        _sampled_gaussian(self.event)
+        rate = _check.real("sampling_rate", self.sampling_rate, low=0, high=1)
+        object.__setattr__(self, "sampling_rate", rate)
+        for name in ("records", "capacity"):
+            checked = _check.integer(name, getattr(self, name), low=1, high=1 << 53)
+            object.__setattr__(self, name, checked)
+
+    def __str__(self):
+        return (
+            f"Poisson sample at rate {self.sampling_rate:.6g} of {self.records:,} records, at most "
+            f"{self.capacity:,} kept: {self.event}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledWithoutReplacement(Event):
+    """A Gaussian release of a sample of fixed size, drawn without replacement.
+
+    REPLACE_ONE only: noise and clip are given separately, because replacing a record moves the sum
+    by 2·clip_norm.
+
+    Attributes:
+      noise_std: standard deviation of the noise on the sum, ≥ 0; 0 costs ∞.
+      clip_norm: norm that each record's contribution is clipped to, > 0.
+      sample_size: records in a sample, in [1, records].
+      records: how many records there are, public, ≥ 1.
+      coordinates: as in `Gaussian`.
+    """
+
+    noise_std: float
+    clip_norm: float
+    sample_size: int
+    records: int
+    coordinates: int = 0
+
+    def __post_init__(self):
+        std = _check.real("noise_std", self.noise_std, low=0)
+        clip = _check.real("clip_norm", self.clip_norm, low=0, open_low=True)
+        records = _check.integer("records", self.records, low=1, high=1 << 53)
+        size = _check.integer("sample_size", self.sample_size, low=1, high=records)
+        coordinates = _check.integer("coordinates", self.coordinates, low=0)
+        for name, value in zip(
+            ("noise_std", "clip_norm", "sample_size", "records", "coordinates"),
+            (std, clip, size, records, coordinates),
+            strict=True,
+        ):
+            object.__setattr__(self, name, value)
+
+    def __str__(self):
+        return (
+            f"sample of {self.sample_size:,} of {self.records:,} records without replacement: "
+            f"noise std {self.noise_std:.6g}, clip norm {self.clip_norm:.6g}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class NonPrivate(Event):
     """A release without a guarantee: it costs ∞, and so does everything composed with it."""
 

@@ -22,6 +22,8 @@ DEFAULT_ORDERS: Curve = np.concatenate(
 )
 """Orders to start a search from: 1.001 to 1e6, denser where small δ and large ε need it."""
 
+DEFAULT_ORDERS.setflags(write=False)
+
 
 def check_orders(orders: ArrayLike) -> Curve:
     """The orders as a float64 array with at least one axis.
@@ -46,8 +48,17 @@ def check_orders(orders: ArrayLike) -> Curve:
     return array
 
 
-def _remainder(x: Any) -> Curve:
-    """e^x − 1 − x ≥ 0 without cancellation near 0; +∞ where it overflows."""
+def remainder(x: Any) -> Curve:
+    """e^x − 1 − x ≥ 0 without cancellation near 0; +∞ where it overflows.
+
+    Args:
+      x: any real numbers.
+
+    Returns:
+      Equality up to float64, one value per element.
+
+    Guarantee: R2 (rdp.md).
+    """
     x = np.asarray(x, dtype=np.float64)
     small = np.abs(x) < 0.5
     near = np.where(small, x, 0.0)
@@ -144,7 +155,7 @@ def laplace(noise_multiplier: float, orders: ArrayLike) -> Curve:
     with np.errstate(over="ignore"):
         up, down = (orders - 1.0) * x, -orders * x
         # The first-order terms of both exponentials cancel exactly.
-        excess = (orders * _remainder(up) + (orders - 1.0) * _remainder(down)) / (2.0 * orders - 1)
+        excess = (orders * remainder(up) + (orders - 1.0) * remainder(down)) / (2.0 * orders - 1)
         logarithm = np.log1p(excess)
     # Beyond e^30 the second exponential and both −1 are below half an ulp of the first.
     far = up + np.log(orders) - np.log(2.0 * orders - 1.0) + 1e-13
@@ -178,7 +189,7 @@ def randomized_response(epsilon: float, orders: ArrayLike) -> Curve:
     with np.errstate(over="ignore"):
         up = (orders - 1.0) * epsilon
         share = 1.0 / (1.0 + math.exp(-epsilon))
-        excess = share * _remainder(up) + (1.0 - share) * _remainder(-up)
+        excess = share * remainder(up) + (1.0 - share) * remainder(-up)
         logarithm = np.log1p(excess + math.tanh(0.5 * epsilon) * up)
     far = up - math.log1p(math.exp(-epsilon)) + 1e-13  # the other term is below half an ulp
     logarithm = np.where(up > 30.0, far, logarithm)
@@ -199,3 +210,83 @@ def exponential(epsilon: float, rho: float, orders: ArrayLike) -> Curve:
     Guarantee: R4 (rdp.md).
     """
     return np.minimum(zcdp(rho, orders), randomized_response(epsilon, orders))
+
+
+def bounded_range(bound: float, orders: ArrayLike) -> Curve:
+    """RDP of a release whose log-likelihood ratios span at most `bound` (softmax sampling).
+
+    With t* = ln((α−1)A/(αB)), A = e^η(1−e^(−αη)), B = 1−e^((1−α)η):
+    t* + ln(A/(α(e^η−1)))/(α−1), and never more than αη²/8.
+
+    Args:
+      bound: η, in [0, ∞].
+      orders: > 1.
+
+    Returns:
+      Upper bound, reached by a two-point release, one value per order.
+
+    Guarantee: R5 (rdp.md).
+    Source: Dong, Durfee and Rogers 2020, arXiv:1909.13830, Lemma 3.2 and Section 3.
+
+    Example:
+      >>> bounded_range(2.0, [2.0, 1e5]).round(4).tolist()
+      [0.8676, 1.9999]
+    """
+    eta = _check.real("bound", bound, low=0, finite=False)
+    orders = check_orders(orders)
+    # αη²/8 holds at every range: the zCDP of a bounded range.
+    quadratic = orders * (eta / 8.0 * eta) if eta < 1e150 else np.full(orders.shape, math.inf)
+    quadratic = np.maximum(quadratic * _UP, min(_TINY, eta))
+    if eta == 0.0 or eta == math.inf:
+        return quadratic
+    log_a = eta + np.log(-np.expm1(-orders * eta))
+    log_b = np.log(-np.expm1((1.0 - orders) * eta))
+    turn = np.log1p(-1.0 / orders) + log_a - log_b
+    log_growth = eta + math.log(-math.expm1(-eta))
+    exact = turn + (log_a - np.log(orders) - log_growth) / (orders - 1.0)
+    size = np.abs(log_a) + np.abs(log_b) + abs(log_growth) + np.log(orders) + 1.0
+    exact = exact + 2.0**-48 * (size + size / (orders - 1.0))
+    return np.minimum(np.minimum(exact, quadratic), eta)
+
+
+def skellam(
+    noise_std: float, l1_sensitivity: float, l2_sensitivity: float, orders: ArrayLike
+) -> Curve:
+    """RDP bound of Skellam noise on integer vectors.
+
+    αΔ₂²/(2v) + min(((2α−1)Δ₂² + 6Δ₁)/(4v²), 3Δ₁/(2v)) at integer α, v = noise_std².
+
+    Args:
+      noise_std: ≥ 0; 0 costs ∞.
+      l1_sensitivity: Δ₁ on the lattice.
+      l2_sensitivity: Δ₂ on the lattice, > 0.
+      orders: > 1; between integers (α−1)·RDP is interpolated.
+
+    Returns:
+      Upper bound, one value per order.
+
+    Guarantee: R6 (rdp.md).
+    Source: Agarwal, Kairouz and Liu 2021, arXiv:2110.04995, Theorem 3.5.
+
+    Example:
+      >>> skellam(10.0, 1.0, 1.0, 2.0).round(6).tolist()
+      [0.010225]
+    """
+    std = _check.real("noise_std", noise_std, low=0)
+    l2 = _check.real("l2_sensitivity", l2_sensitivity, low=0, open_low=True)
+    l1 = _check.real("l1_sensitivity", l1_sensitivity, low=l2)
+    orders = check_orders(orders)
+    variance = std * std
+    if variance < 1e-150:
+        return np.full(orders.shape, math.inf)
+
+    def scaled(alpha: Curve) -> Curve:
+        far = 3.0 * l1 / (2.0 * variance)
+        near = ((2.0 * alpha - 1.0) * l2 / variance * l2 + 6.0 * l1 / variance) / (4.0 * variance)
+        return (alpha - 1.0) * (alpha * (l2 / variance * l2) / 2.0 + np.minimum(near, far))
+
+    below, above = np.floor(orders), np.ceil(orders)
+    low, high = scaled(below), scaled(above)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = low + (orders - below) * (high - low)
+    return np.maximum(np.where(np.isnan(total), math.inf, total) / (orders - 1.0) * _UP, _TINY)
