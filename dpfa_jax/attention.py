@@ -6,8 +6,9 @@ post-processing. Everything that sets the noise is a Python number known before 
 """
 
 import functools
+import importlib
 import math
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import jax
@@ -17,18 +18,27 @@ from jax.typing import ArrayLike
 from dpfa_jax import (
     _check,
     _primitives,
+    accounting,
+    arguments,
     clipping,
     gaussian_process,
+    mechanisms,
     random,
     reference,
     releases,
+    sensitivity,
 )
 from dpfa_jax._typing import Operands, Spec
 
-BACKENDS: dict[str, ModuleType] = {"xla": reference}
-"""Each exports forward, backward, rounding and supports(operands, spec) -> reason | None."""
+BACKENDS = MappingProxyType({"xla": "dpfa_jax.reference"})
+"""Modules that export forward, backward, rounding and supports(operands, spec) -> reason | None,
+fastest first; loaded when first used, so that importing the library loads no kernel."""
 
 _NAMED = ("xla", "triton", "mosaic_gpu", "auto")
+
+
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(BACKENDS[backend])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -40,7 +50,7 @@ def _attend(
 
 def _attend_forward(backend, spec, process, operands):
     if process is None:
-        out, residuals = BACKENDS[backend].forward(operands, spec)
+        out, residuals = _module(backend).forward(operands, spec)
     else:
         residuals = gaussian_process.forward(operands, process)
         out = reference.answer(spec, *residuals)
@@ -49,7 +59,7 @@ def _attend_forward(backend, spec, process, operands):
 
 def _attend_backward(backend, spec, process, saved, cotangent):
     operands, residuals = saved
-    module = reference if process is not None else BACKENDS[backend]
+    module = reference if process is not None else _module(backend)
     grads = module.backward(operands, spec, residuals, cotangent)
     names = ("query", "key", "value", "log_weights", "query_reference")
     known = {
@@ -65,114 +75,18 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _backend(name: str, operands: Operands, spec: Spec) -> str:
     _check.choice("backend", name, _NAMED)
     if name == "auto":
-        return next(kind for kind in BACKENDS if BACKENDS[kind].supports(operands, spec) is None)
+        return next(kind for kind in BACKENDS if _module(kind).supports(operands, spec) is None)
     if name not in BACKENDS:
         raise NotImplementedError(
             f"backend={name!r} is not part of this version. Pass backend='auto', which takes the "
             "fastest backend that can do the call, or backend='xla'."
         )
-    reason = BACKENDS[name].supports(operands, spec)
+    reason = _module(name).supports(operands, spec)
     if reason is not None:
         raise NotImplementedError(
             f"backend={name!r} cannot do this call: {reason}. Pass backend='auto'."
         )
     return name
-
-
-def _array(name: str, value: Any) -> jax.Array:
-    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise TypeError(f"Expected {name} to be an array, got {type(value).__name__}.")
-    array = jnp.asarray(value)
-    if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise TypeError(
-            f"Expected {name} in float32, bfloat16 or float16, got {array.dtype} of shape "
-            f"{array.shape}. Cast it with .astype(jnp.float32)."
-        )
-    return array
-
-
-def _window(size: Any) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    pair = size if isinstance(size, tuple) else (size, size)
-    if len(pair) != 2:
-        raise ValueError(f"Expected local_window_size to be an int or (left, right), got {size!r}.")
-    left, right = (_check.integer("local_window_size", side, low=0) for side in pair)
-    return left, right
-
-
-def _boolean_mask(mask: Any, call: releases.Call) -> jax.Array | None:
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask)
-    if mask.dtype != jnp.bool_:
-        raise TypeError(
-            f"Expected mask to be boolean with True where attention is allowed, got {mask.dtype}. "
-            "A 0/1 mask (such as flax.linen.make_causal_mask's) becomes one by mask.astype(bool); "
-            "additive biases go to key_log_weights, where they depend on the key alone."
-        )
-    full = (call.batch, call.heads, call.queries, call.keys)
-    fits = mask.ndim == 4 and all(a in (1, b) for a, b in zip(mask.shape, full, strict=True))
-    if not fits:
-        raise ValueError(
-            f"Expected mask to be 4-dimensional and to broadcast to (B, N, T, S) = {full}, got "
-            f"{mask.shape}."
-        )
-    return mask
-
-
-def _segments(segment_ids: Any, call: releases.Call):
-    if segment_ids is None:
-        return None, None
-    pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
-    if len(pair) != 2:
-        raise ValueError("Expected segment_ids to be an array or (query ids, key ids).")
-    wanted = ((call.batch, call.queries), (call.memories, call.keys))
-    arrays = []
-    for name, ids, shape in zip(("query", "key"), pair, wanted, strict=True):
-        ids = jnp.asarray(ids)
-        if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.shape != shape:
-            raise ValueError(
-                f"Expected the {name} segment ids to be integers of shape {shape}, got {ids.dtype} "
-                f"of shape {ids.shape}. Pass (query ids, key ids) where the two differ."
-            )
-        arrays.append(ids.astype(jnp.int32))
-    return arrays[0], arrays[1]
-
-
-def _lengths(lengths: Any, call: releases.Call):
-    if lengths is None:
-        return None
-    lengths = jnp.asarray(lengths)
-    if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape != (call.batch,):
-        raise ValueError(
-            f"Expected key_value_seq_lengths to be integers of shape ({call.batch},), got "
-            f"{lengths.dtype} of shape {lengths.shape}."
-        )
-    return lengths.astype(jnp.int32)
-
-
-def _base_log_weights(weights: Any, call: releases.Call) -> jax.Array:
-    full = (call.memories, call.keys, call.kv_heads)
-    if weights is None:
-        return jnp.zeros(full, jnp.float32)
-    weights = jnp.asarray(weights)
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise TypeError(f"Expected key_log_weights to be floating point, got {weights.dtype}.")
-    if weights.ndim == 1:
-        weights = weights[None, :, None]
-    elif weights.ndim == 2:
-        weights = weights[:, :, None]
-    fits = weights.ndim == 3 and all(a in (1, b) for a, b in zip(weights.shape, full, strict=True))
-    if not fits or weights.shape[1] != call.keys:
-        raise ValueError(
-            f"Expected key_log_weights of shape (S,), (B, S) or (B, S, K) for {full}, got "
-            f"{weights.shape}."
-        )
-    # Above 0 a record could weigh more than the bound; NaN is no weight.
-    weights = jnp.minimum(weights.astype(jnp.float32), 0.0)
-    weights = jnp.where(jnp.isnan(weights), -jnp.inf, weights)
-    return jnp.broadcast_to(weights, full)
 
 
 def _refuse_masks(mechanism, *, everything: bool, **given) -> None:
@@ -272,16 +186,20 @@ def private_attention(
             "queries='private' (self-attention over private tokens) each token is also a query, "
             "whose own answer moves by the full value bound. Use SequenceRelease."
         )
-    query, key, value = _array("query", query), _array("key", key), _array("value", value)
+    query, key, value = (
+        arguments.floating("query", query),
+        arguments.floating("key", key),
+        arguments.floating("value", value),
+    )
     call = releases.Call.of(query.shape, key.shape, value.shape)
     scale = _check.real("scale", 1 / math.sqrt(call.query_dim) if scale is None else scale)
     _check.flag("is_causal", is_causal)
     _check.flag("deterministic", deterministic)
-    window = _window(local_window_size)
-    mask = _boolean_mask(mask, call)
-    query_segments, key_segments = _segments(segment_ids, call)
-    lengths = _lengths(key_value_seq_lengths, call)
-    base = _base_log_weights(key_log_weights, call)
+    window = arguments.window(local_window_size)
+    mask = arguments.boolean_mask(mask, call)
+    query_segments, key_segments = arguments.segments(segment_ids, call)
+    lengths = arguments.lengths(key_value_seq_lengths, call)
+    base = arguments.base_log_weights(key_log_weights, call)
     if isinstance(mechanism, releases.SoftmaxNoise):
         _refuse_masks(
             mechanism,
@@ -353,10 +271,9 @@ def _bounded_values(operands: Operands, mechanism: Any) -> Operands:
 def _release(operands, spec, mechanism, call, backend) -> jax.Array:
     """The released answer in float32."""
     name = _backend(backend, operands, spec)
-    module = BACKENDS[name]
-    growth = 1 + module.rounding(call.keys)
+    growth = 1 + _module(name).rounding(call.keys)
 
-    def run(spec, operands, process=None):
+    def run(spec, operands, process=None) -> Any:
         operands = Operands(*_primitives.vary_alike(*operands))
         return _attend(name, spec, process, operands)
 
@@ -487,14 +404,32 @@ def sampled_attention(
 
     Guarantee: S8 (sensitivity.md), REPLACE_ONE, per query and head.
     """
-    query, key = _array("query", query), _array("key", key)
+    query, key = arguments.floating("query", query), arguments.floating("key", key)
     call = releases.Call.of(query.shape, key.shape)
     if call.keys < 1:
         raise ValueError("Expected at least one candidate, got an empty key axis.")
-    bound = _check.real("score_bound", score_bound, low=0)
+    score_bound = _check.real("score_bound", score_bound, low=0)
     scale = _check.real("scale", 1 / math.sqrt(call.query_dim) if scale is None else scale)
-    return _sample(query, key, rng, bound, scale, call)
+    spec = Spec(scale=scale, score_cap=None)
+    rows = jnp.zeros((call.memories, call.keys, call.kv_heads))
+    operands, tiles = reference.pad_keys(Operands(query, key, rows[..., None], rows))
+
+    def score_block(operands, index):
+        # A row that is not finite is still a candidate, at the lowest score: NULL it may not be.
+        candidates = index * reference.TILE + jnp.arange(reference.TILE) < call.keys
+        return reference.tile_scores(operands, spec, index), candidates
+
+    index = mechanisms.exponential(
+        rng, score_block, operands, blocks=tiles, score_bound=score_bound
+    )
+    return _primitives.private_release(index, _sampling_event(call, score_bound))
 
 
-def _sample(query, key, rng, bound, scale, call):
-    raise NotImplementedError
+def _sampling_event(call: releases.Call, score_bound: float) -> accounting.Event:
+    bound = mechanisms.exponential_score_bound(score_bound=score_bound)
+    one = accounting.ExponentialMechanism(
+        epsilon=sensitivity.sampled_attention(score_bound=bound, candidates=call.keys),
+        zcdp=sensitivity.sampled_attention_zcdp(score_bound=bound),
+    )
+    # Every query and head draws once, and the replaced record is a candidate in all of them.
+    return accounting.Repeated(one, call.batch * call.queries * call.heads)

@@ -163,7 +163,7 @@ def sums(
         )
         weights = jnp.where(visible, jnp.exp(bounded), 0.0)
         part = jnp.einsum("...mn,...nh->...mh", weights, value, precision=lax.Precision.HIGHEST)
-        return add_word(*total, part), None
+        return add_word(total[0], total[1], part), None
 
     start = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
     (start, *_) = _primitives.vary_alike(start, query, key, value, log_weights)

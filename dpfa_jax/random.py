@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core as jax_core
 import jax.extend.random
 import jax.numpy as jnp
 from jax import lax
@@ -155,7 +156,7 @@ def _u32(x) -> jax.Array:
     return jnp.asarray(x, jnp.uint32)
 
 
-def _address(first, second, third, domain: int, head=0) -> Words:
+def _address(first: Any, second: Any, third: Any, domain: int, head: Any = 0) -> Words:
     tagged = (jnp.uint32(domain) << 24) | _u32(head)
     return (_u32(first), _u32(second), _u32(third), tagged)
 
@@ -231,7 +232,7 @@ def _split(data: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _first_words(chacha_block(_key_words(data), _address(counter, 0, 0, _SPLIT)))
 
 
-def fold_in_data(data: jax.Array, message: jax.Array) -> jax.Array:
+def fold_in_data(data: jax.Array, message: Any) -> jax.Array:
     """Key data derived from key data for one uint32 message (`fold_in` below the key type)."""
     return _first_words(chacha_block(_key_words(data), _address(message, 0, 0, _FOLD)))
 
@@ -276,7 +277,7 @@ def _typed(rng: Any) -> jax.Array:
                 "jax.vmap to map over keys, or pass rng[0]."
             )
         return rng
-    if isinstance(rng, int) and not isinstance(rng, bool):
+    if isinstance(rng, int):
         hint = "a bare int is a 32-bit secret at best, and everybody guesses 0."
         raise TypeError(_REFUSAL.format(got=f"the int {rng}", hint=hint))
     if hasattr(rng, "dtype") and hasattr(rng, "shape"):
@@ -339,7 +340,7 @@ def secure_key() -> jax.Array:
     """
     words = [int.from_bytes(os.urandom(4), "little") for _ in range(8)]
     key = wrap_key_data(jnp.array(words, jnp.uint32))
-    if isinstance(key, jax.core.Tracer):
+    if isinstance(key, jax_core.Tracer):
         raise RuntimeError(
             "secure_key() was called while tracing: the compiled function would use this one key "
             "for ever. Make the key outside and pass it in as an argument."

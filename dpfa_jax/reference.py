@@ -44,7 +44,8 @@ def rounding(keys: int) -> float:
     return (1 + WEIGHT_ERROR) * (1 + sums) - 1
 
 
-def _pad_keys(operands: Operands) -> tuple[Operands, int]:
+def pad_keys(operands: Operands) -> tuple[Operands, int]:
+    """The call with NULL keys added up to a whole number of tiles, and that number."""
     keys = operands.key.shape[1]
     tiles = -(-max(keys, 1) // TILE)
     extra = tiles * TILE - keys
@@ -128,6 +129,14 @@ def _tile(operands: Operands, spec: Spec, query: jax.Array, index: jax.Array):
     return key, scores, allowed, jnp.where(log_weights > -jnp.inf, log_weights, 0.0)
 
 
+def tile_scores(operands: Operands, spec: Spec, index: jax.Array) -> jax.Array:
+    """Scores (B, T, N, TILE) of one tile of padded keys; NaN where a pair is not finite."""
+    query = _grouped(operands.query, operands.key.shape[2])
+    _, scores, _, _ = _tile(operands, spec, query, index)
+    batch, length, heads, _ = operands.query.shape
+    return jnp.moveaxis(scores, 3, 1).reshape(batch, length, heads, TILE)
+
+
 def _weights(spec: Spec, scores, allowed, log_weights, reference):
     level = scores
     if spec.score_low is not None:
@@ -139,7 +148,7 @@ def _weights(spec: Spec, scores, allowed, log_weights, reference):
 
 def row_maximum(operands: Operands, spec: Spec) -> jax.Array:
     """The largest visible score of each query, (B, K, G, T) float32; 0 where it sees nothing."""
-    operands, tiles = _pad_keys(operands)
+    operands, tiles = pad_keys(operands)
     query = _grouped(operands.query, operands.key.shape[2])
     batch, length, kv_heads, group, _ = query.shape
 
@@ -176,13 +185,13 @@ def sums(operands: Operands, spec: Spec) -> tuple[tuple, tuple]:
       ((N high, N low), (D high, D low)), float32 of shapes (B, T, N, h) and (B, T, N).
     """
     reference = _reference(operands, spec)
-    operands, tiles = _pad_keys(operands)
+    operands, tiles = pad_keys(operands)
     query = _grouped(operands.query, operands.key.shape[2])
     batch, length, kv_heads, group, _ = query.shape
     width = operands.value.shape[3]
 
     def step(carry, index):
-        numerator, denominator = carry
+        n, d = carry
         _, scores, allowed, log_weights = _tile(operands, spec, query, index)
         weights = _weights(spec, scores, allowed, log_weights, reference)
         value = _slice(operands.value, index * TILE, 1).astype(jnp.float32)
@@ -190,7 +199,7 @@ def sums(operands: Operands, spec: Spec) -> tuple[tuple, tuple]:
         # Never a reduced-precision product: its error would count against the guarantee.
         part = jnp.einsum("bkgts,bskh->btkgh", weights, value, precision=lax.Precision.HIGHEST)
         mass = jnp.moveaxis(jnp.sum(weights, axis=-1), 3, 1)
-        return (add_word(*numerator, part), add_word(*denominator, mass)), None
+        return (add_word(n[0], n[1], part), add_word(d[0], d[1], mass)), None
 
     zero_n = jnp.zeros((batch, length, kv_heads, group, width))
     zero_d = jnp.zeros((batch, length, kv_heads, group))
@@ -210,7 +219,7 @@ def column_squares(operands: Operands, spec: Spec) -> jax.Array:
     """
     reference = _reference(operands, spec)
     keys = operands.key.shape[1]
-    operands, tiles = _pad_keys(operands)
+    operands, tiles = pad_keys(operands)
     query = _grouped(operands.query, operands.key.shape[2])
 
     def step(_, index):
@@ -294,7 +303,7 @@ def backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Ar
     d_numerator, d_denominator = pull(cotangent.astype(jnp.float32))
     shape = operands.key.shape[0], operands.key.shape[1]
     reference = _reference(operands, spec)
-    operands, tiles = _pad_keys(operands)
+    operands, tiles = pad_keys(operands)
     kv_heads = operands.key.shape[2]
     query = _grouped(operands.query, kv_heads)
     batch, length, _, group, width = query.shape

@@ -1,7 +1,7 @@
 """The mechanisms of private attention as frozen values: fields, event and guarantee sentence.
 
-A release knows what it adds and what that costs before it sees data. `Call` holds the public shape
-of one attention call; `count` says how many queries the call is charged for.
+A release knows what it adds and what that costs before it sees data, from the public shape of the
+call alone; `count` says how many queries a call is charged for.
 """
 
 import dataclasses
@@ -10,75 +10,7 @@ from typing import Any, ClassVar
 
 from dpfa_jax import _check, accounting, gaussian_process, sensitivity
 from dpfa_jax.adjacency import REPLACE_ONE, ZERO_OUT, Adjacency
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The public shape of one attention call.
-
-    Attributes:
-      batch: B, query batch.
-      queries: T, queries per batch element.
-      heads: N, query heads.
-      memories: 1 or B, the key batch.
-      keys: S, rows of one memory.
-      kv_heads: K, key/value heads; N is a multiple.
-      query_dim: H.
-      value_dim: h.
-    """
-
-    batch: int
-    queries: int
-    heads: int
-    memories: int
-    keys: int
-    kv_heads: int
-    query_dim: int
-    value_dim: int
-
-    @classmethod
-    def of(cls, query_shape: Any, key_shape: Any, value_shape: Any = None) -> "Call":
-        """The call with these array shapes, checked.
-
-        Args:
-          query_shape: (B, T, N, H).
-          key_shape: (B or 1, S, K, H).
-          value_shape: (B or 1, S, K, h); by default the key's shape.
-
-        Raises:
-          ValueError: naming the shapes that do not fit.
-        """
-        query_shape, key_shape = tuple(query_shape), tuple(key_shape)
-        value_shape = key_shape if value_shape is None else tuple(value_shape)
-        shapes = f"query {query_shape}, key {key_shape}, value {value_shape}"
-        if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
-            raise ValueError(
-                f"Expected query (B, T, N, H), key (B or 1, S, K, H) and value (B or 1, S, K, h), "
-                f"got {shapes}. Add the missing axes with reshape."
-            )
-        batch, queries, heads, query_dim = query_shape
-        memories, keys, kv_heads, key_dim = key_shape
-        if min(query_shape) < 1 or min(key_shape[2:]) < 1 or value_shape[3] < 1 or memories < 1:
-            raise ValueError(f"Expected no empty axis but the keys', got {shapes}.")
-        if key_dim != query_dim:
-            raise ValueError(f"Expected query and key of one width, got {shapes}.")
-        if value_shape[:3] != key_shape[:3]:
-            raise ValueError(f"Expected one value row for each key row, got {shapes}.")
-        if memories not in (1, batch):
-            raise ValueError(f"Expected a key batch of 1 or of the query batch, got {shapes}.")
-        if heads % kv_heads:
-            raise ValueError(f"Expected query heads to be a multiple of kv heads, got {shapes}.")
-        return cls(batch, queries, heads, memories, keys, kv_heads, query_dim, int(value_shape[3]))
-
-    def reads(self, disjoint_batch: bool) -> int:
-        """Queries that may read one record, over all kv heads: B·T·N, or T·N for disjoint ones."""
-        each = self.queries * self.heads
-        return each if disjoint_batch and self.memories == self.batch else each * self.batch
-
-    def coordinates(self, denominator: bool) -> int:
-        """How many noisy scalars the call releases."""
-        width = self.value_dim + (1 if denominator else 0)
-        return self.batch * self.queries * self.heads * width
+from dpfa_jax.arguments import Call as Call
 
 
 def _adjacency(value: Any, allowed: tuple[str, ...], name: str) -> None:
@@ -121,9 +53,7 @@ class Mechanism:
         if hasattr(self, "disjoint_batch"):
             _check.flag("disjoint_batch", self.disjoint_batch)  # pyright: ignore
 
-    def event(
-        self, query_shape: Any, key_shape: Any, value_shape: Any = None
-    ) -> accounting.event.Event:
+    def event(self, query_shape: Any, key_shape: Any, value_shape: Any = None) -> accounting.Event:
         """What one call with these shapes is charged as."""
         return self._event(Call.of(query_shape, key_shape, value_shape))
 
@@ -167,7 +97,7 @@ class Mechanism:
             sentence += f" Alone it is (ε = {epsilon:.4g}, δ = {delta:g})."
         return f"{sentence} {self.protects}".strip()
 
-    def _event(self, call: Call) -> accounting.event.Event:
+    def _event(self, call: Call) -> accounting.Event:
         raise NotImplementedError
 
     def __repr__(self):

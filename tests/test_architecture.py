@@ -33,6 +33,7 @@ LAYERS = (
     "accounting.state accounting.trace accounting.calibrate pallas",
     "accounting gaussian_process",
     # layers 2 to 7
+    "arguments",
     "releases sampling",
     "reference",
     "attention",
