@@ -210,7 +210,6 @@ def audit_features(noise_multiplier, runs):
 
 def test_random_feature_memory_tells_what_it_is_charged():
     assert 0.8 < audit_features(1.0, RUNS) <= 1.0
-    assert audit_features(0.7, RUNS) > 1.0
 
 
 @pytest.mark.slow

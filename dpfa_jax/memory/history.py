@@ -24,7 +24,8 @@ from jax.interpreters import ad, batching, mlir
 from dpfa_jax import _primitives, random
 
 _DOMAIN = 8  # of ChaCha addresses; random.py uses 1 to 7
-_DIGEST, _START = 0, 1
+_DIGEST = 0
+_START = 1
 
 _CHAIN = (
     "Use the memory that the last attend returned, pass it to a jitted function as an argument and "
@@ -48,6 +49,8 @@ def start(data: jax.Array) -> jax.Array:
 
     Returns:
       uint32[8].
+
+    Guarantee: M1 (history.md).
     """
     return random.fold_in_data(data, jnp.uint32(_START))
 

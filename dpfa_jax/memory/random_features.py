@@ -133,6 +133,8 @@ class RandomFeatures:
           keys: S.
           kv_heads: K.
           value_dim: h.
+
+        Guarantee: M3 (random_features.md).
         """
         weight = self.weight(value_dim)
         delta = self.l2_sensitivity(kv_heads=kv_heads, value_dim=value_dim)
@@ -194,6 +196,8 @@ def feature_map(rows: jax.Array, frequencies: jax.Array) -> jax.Array:
 
     Returns:
       float32 (..., 2r).
+
+    Guarantee: M3 (random_features.md).
     """
     angles = jnp.einsum("...h,rh->...r", rows, frequencies, precision=lax.Precision.HIGHEST)
     features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
