@@ -1,7 +1,11 @@
 """Differentially private flash attention for JAX."""
 
 from dpfa_jax import accounting as accounting
+from dpfa_jax import auditing as auditing
+from dpfa_jax import mechanisms as mechanisms
+from dpfa_jax import memory as memory
 from dpfa_jax import random as random
+from dpfa_jax import sensitivity as sensitivity
 from dpfa_jax.adjacency import GROUP as GROUP
 from dpfa_jax.adjacency import REPLACE_ONE as REPLACE_ONE
 from dpfa_jax.adjacency import SEQUENCE as SEQUENCE
@@ -12,6 +16,7 @@ from dpfa_jax.attention import sampled_attention as sampled_attention
 from dpfa_jax.releases import ClippedContributions as ClippedContributions
 from dpfa_jax.releases import GaussianProcessNoise as GaussianProcessNoise
 from dpfa_jax.releases import IndependentNoise as IndependentNoise
+from dpfa_jax.releases import Mechanism as Mechanism
 from dpfa_jax.releases import NonPrivate as NonPrivate
 from dpfa_jax.releases import SequenceRelease as SequenceRelease
 from dpfa_jax.releases import SoftmaxNoise as SoftmaxNoise
