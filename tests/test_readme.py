@@ -16,9 +16,10 @@ cell is the value, with `± standard error` where wanted:
     | digits | `GaussianProcessNoise` (S5) | .767 | .897 ± .014 |
 
 A record whose `columns` field is null or infinite (no privacy) fits every column. Text beside a
-name in backticks is free; "–" says that there is no such record. `dataset=digits` and the like
-after the commit narrow the records. Values must be those of the line, rounded to the digits shown;
-one digit is no rounding, it must be exact.
+name in backticks is free; "–" says that there is no such record. After the commit, `dataset=digits`
+and the like narrow the records, and `repetitions=10`, a field of the run's config, narrows the
+lines; the last one that fits is meant. Values must be those of the line, rounded to the digits
+shown; one digit is no rounding, it must be exact.
 """
 
 import dataclasses
@@ -96,7 +97,11 @@ def _agrees(shown: str, value: typing.Any) -> bool:
 
 def _is(shown: str, value: typing.Any) -> bool:
     """Whether a column's title names exactly this value."""
-    return float(shown) == value if _NUMBER.match(shown) else _agrees(shown, value)
+    return (
+        value is not None and float(shown) == value
+        if _NUMBER.match(shown)
+        else _agrees(shown, value)
+    )
 
 
 def _agrees_with_error(shown: str, record: dict[str, typing.Any], field: str) -> bool:
@@ -116,7 +121,10 @@ def cited_line(comment: str, results: pathlib.Path) -> tuple[dict[str, typing.An
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     clean = [line for line in lines if "-" not in line["commit"]]
     cited = [line for line in clean if line["commit"].startswith(commit[: len(line["commit"])])]
-    assert cited, f"{path.name} has no line of commit {commit}"
+    for field in [name for name in settings if any(name in line["config"] for line in cited)]:
+        wanted = settings.pop(field)
+        cited = [line for line in cited if _is(wanted, line["config"].get(field))]
+    assert cited, f"{path.name} has no line of commit {commit} and these settings"
     return cited[-1], settings
 
 
@@ -237,6 +245,7 @@ def test_readme_commands_are_targets():
 
 _RUN = {
     "experiment": "toy",
+    "config": {"repetitions": 10},
     "commit": "0123abc4567d",
     "metrics": [
         {"mechanism": "Gaussian", "epsilon": 0.5, "accuracy": 0.76691, "standard_error": 0.0199},
@@ -253,7 +262,7 @@ _WIDE = """
 | NonPrivate | .942 | .94 | .942 |
 """
 _LONG = """
-<!-- results: toy commit=0123abc4567d mechanism=Gaussian -->
+<!-- results: toy commit=0123abc4567d repetitions=10 mechanism=Gaussian -->
 
 | epsilon | accuracy |
 | --- | --- |
@@ -279,6 +288,7 @@ _MISTAKES = [
     (_LONG, ".928", ".9"),
     (_LONG, "| 1 |", "| 1.1 |"),
     (_LONG, "| accuracy |", "| speed |"),
+    (_LONG, "repetitions=10", "repetitions=2"),
     (_LONG, "mechanism=Gaussian", "mechanism=NonPrivate"),
 ]
 
