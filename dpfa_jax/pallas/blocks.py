@@ -43,30 +43,55 @@ def _hex(number):
     return "0f" + struct.pack(">f", number).hex().upper()
 
 
-def bounded_exp2(score, factor, offset, highest, fast):
-    """2^min(score·factor + offset, highest), 0 where the score is NaN.
+def bounded_exp2(score, cap, factor, offset, fast):
+    """2^(min(score, cap)·factor + offset); a score that is NaN counts as the cap.
 
     Args:
       score: float32 block.
-      factor: Python float.
+      cap: Python float, in the unit of the scores.
+      factor: Python float > 0.
       offset: float32, broadcasts; −∞ gives 0.
-      highest: float32, broadcasts: the result is ≤ 2^highest whatever the score.
       fast: whether this is compiled for a GPU.
     """
-    shape = score.shape
     if not fast:
-        level = score * factor + offset
-        return jnp.exp2(jnp.minimum(jnp.where(jnp.isnan(level), LOWEST, level), highest))
+        return jnp.exp2(jnp.where(score < cap, score, cap) * factor + offset)
     (result,) = plgpu.elementwise_inline_asm(
         "{ .reg .f32 level;"
-        f" fma.rn.ftz.f32 level, $1, {_hex(factor)}, $2;"
-        f" max.ftz.f32 level, level, {_hex(LOWEST)};"
-        " min.ftz.f32 level, level, $3;"
+        f" min.ftz.f32 level, $1, {_hex(cap)};"
+        f" fma.rn.ftz.f32 level, level, {_hex(factor)}, $2;"
         " ex2.approx.ftz.f32 $0, level; }",
-        args=[score, jnp.broadcast_to(offset, shape), jnp.broadcast_to(highest, shape)],
-        constraints="=f,f,f,f",
+        args=[score, jnp.broadcast_to(offset, score.shape)],
+        constraints="=f,f,f",
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(score.shape, jnp.float32)],
+    )
+    return result
+
+
+def narrow(x, dtype, fast):
+    """x rounded to nearest in `dtype`, two at a time: one at a time costs as much as an exp2."""
+    if not fast or dtype == jnp.float32:
+        return x.astype(dtype)
+    (result,) = plgpu.elementwise_inline_asm(
+        f"cvt.rn.{'bf16x2' if dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $2, $1;",
+        args=[x],
+        constraints="=r,f,f",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, dtype)],
+    )
+    return result
+
+
+def widen(x, fast):
+    """x in float32, exactly."""
+    if not fast or x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32)
+    (result,) = plgpu.elementwise_inline_asm(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+        args=[x],
+        constraints="=&f,=f,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
     return result
 

@@ -22,8 +22,9 @@ PLAIN_KEYS = 4096
 WEIGHT_ROUNDOFF = 2.0**-8
 """Relative rounding of one weight: bfloat16's; float16's and float32's are smaller."""
 
-WEIGHT_ERROR = 2.0**-13
-"""Relative excess of a weight over its bound before it is rounded (as `reference.WEIGHT_ERROR`)."""
+WEIGHT_ERROR = 2.0**-12
+"""Relative excess of a weight over its bound before it is rounded: `reference.WEIGHT_ERROR`, and
+exponents of magnitude up to 3500 at 2⁻²⁴."""
 
 _STEP_KEYS = 8
 _STEP_ERROR = 5.5 * 2.0**-23

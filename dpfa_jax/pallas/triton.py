@@ -25,6 +25,7 @@ from dpfa_jax.pallas.tiling import rounding as rounding
 from dpfa_jax.pallas.triton_kernels import Plan
 
 _WIDEST = 256
+_LARGEST_CAP = 1000.0
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -47,6 +48,10 @@ def supports(operands: Operands, spec: Spec) -> str | None:
     narrowed = key.dtype == jnp.bfloat16 and value.dtype == jnp.float32
     if value.dtype != key.dtype and not narrowed:
         return f"values in {value.dtype} beside keys in {key.dtype} would be rounded upwards"
+    if not spec.scale > 0:
+        return f"the scale of the scores must be positive, got {spec.scale}"
+    if spec.score_cap is not None and abs(spec.score_cap) > _LARGEST_CAP:
+        return f"weights against a reference beyond ±{_LARGEST_CAP} round by more than is charged"
     if spec.score_low is not None:
         return "scores bounded from below (SoftmaxNoise) have no kernel"
     if operands.query_reference is not None:
@@ -100,9 +105,14 @@ def _plan(operands: Operands, spec: Spec, pick: Callable, tile: Any) -> Plan:
     )
 
 
-def _fold_masks(operands: Operands) -> tuple[Operands, jax.Array]:
-    """Masks of keys alone become weights: operands without them, bias (1 or B, K, S)."""
-    bias = jnp.swapaxes(operands.log_weights * blocks.LOG2_E, 1, 2)
+def _fold_masks(operands: Operands, spec: Spec, shift: int = 0) -> tuple[Operands, jax.Array]:
+    """Masks of keys alone and the reference become weights, in units of ln 2.
+
+    Returns:
+      Operands without those masks, and what is added to the scores, (1 or B, K, S).
+    """
+    constant = 0.0 if spec.score_cap is None else shift - spec.score_cap * blocks.LOG2_E
+    bias = jnp.swapaxes(operands.log_weights * blocks.LOG2_E + constant, 1, 2)
     keys, group = operands.key.shape[1], operands.query.shape[2] // operands.key.shape[2]
     mask = operands.mask
     if operands.key_lengths is not None:
@@ -280,7 +290,8 @@ def forward(
       The answer, the noise added in float32 before the cast; and the clean answer, denominators,
       factors of the projection and running maxima.
     """
-    operands, bias = _fold_masks(operands)
+    shift = triton_kernels.SHIFT if operands.key.dtype == jnp.float16 else 0
+    operands, bias = _fold_masks(operands, spec, shift)
     plan = _plan(operands, spec, tiling.forward_tile, tile)
     batch, queries, heads, _ = operands.query.shape
     inputs = _arguments(plan, operands, bias, by_key=False)
@@ -329,7 +340,7 @@ def backward(
       (d query, d key, d value, d log_weights, None), float32, in the operands' shapes.
     """
     given = operands
-    operands, bias = _fold_masks(operands)
+    operands, bias = _fold_masks(operands, spec)
     plan = _plan(operands, spec, tiling.backward_tile, tile)
     clean, mass, factor, best = residuals
     d_ratio, inverse, delta = _coefficients(spec, clean, mass, factor, cotangent)
@@ -415,7 +426,7 @@ def column_squares(operands: Operands, spec: Spec, *, tile: tiling.Tile | None =
     With the scores of `forward`, bit for bit: a weight that were larger there than here would
     exceed the norm that a record's contribution is clipped to.
     """
-    operands, bias = _fold_masks(operands)
+    operands, bias = _fold_masks(operands, spec)
     plan = _plan(operands, spec, tiling.backward_tile, tile)
     batch, keys, kv_heads = operands.query.shape[0], *operands.key.shape[1:3]
     inputs = _arguments(plan, operands, bias, by_key=True)

@@ -17,6 +17,9 @@ from dpfa_jax.doubleword import add_word, round_after
 from dpfa_jax.pallas import blocks, tiling
 from dpfa_jax.pallas.tiling import Tile
 
+SHIFT = 15
+"""Powers of two by which float16 weights, which know few exponents, are raised."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -51,6 +54,7 @@ class Plan:
     segments: bool
     fast: bool
     grouped: int | None = tiling.GROUP_KEYS
+    flush: bool = False
 
     @property
     def online(self) -> bool:
@@ -59,8 +63,8 @@ class Plan:
 
     @property
     def cap(self) -> float:
-        """The public reference in units of ln 2; 0 for the running maximum."""
-        return (self.spec.score_cap or 0.0) * blocks.LOG2_E
+        """The public reference in the unit of the products of rows."""
+        return min((self.spec.score_cap or 0.0) / self.spec.scale, 3e38)
 
     @property
     def factor(self) -> float:
@@ -74,8 +78,8 @@ class Plan:
 
     @property
     def shift(self) -> int:
-        """Powers of two by which weights are raised while they are numbers of few exponents."""
-        return 15 if self.dtype == jnp.float16 else 0
+        """Powers of two by which the forward kernel's weights are raised."""
+        return SHIFT if self.dtype == jnp.float16 else 0
 
     @property
     def sides(self) -> tuple[int | None, int | None]:
@@ -84,12 +88,6 @@ class Plan:
         if self.spec.is_causal:
             right = 0 if right is None else min(right, 0)
         return left, right
-
-
-def _offsets(plan: Plan, bias, shift):
-    """(offset, highest) of the levels of keys with these log-weights."""
-    highest = bias + float(shift) if shift else bias
-    return highest - plan.cap, highest
 
 
 def _allowed(plan: Plan, row, key, masked, refs, *, keys_first=False, member=None):
@@ -155,6 +153,23 @@ def _capped_sums(plan: Plan, runs, step, shape):
     zero = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:1], jnp.float32))
     if plan.grouped is None:
         return blocks.sweep(runs, step, zero)
+    if plan.flush:
+        size = plan.grouped // plan.tile.block_k
+        total = (zero[0], zero[0], zero[1], zero[1]) if plan.compensated else zero
+
+        def flushing(index, carry, masked):
+            part, total = carry
+            part = step(index, part, masked)
+            return lax.cond(
+                lax.rem(index, jnp.int32(size)) == size - 1,
+                lambda part, total: (zero, _join(plan, total, part)),
+                lambda part, total: (part, total),
+                part,
+                total,
+            )
+
+        part, total = blocks.sweep(runs, flushing, (zero, total))
+        return _join(plan, total, part)
     size = plan.grouped // plan.tile.block_k
     edge = plan.tile.block_q + 2 * plan.tile.block_k <= plan.grouped
     total = None
@@ -235,14 +250,13 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
         if plan.shift:
             # Below the normal numbers rounding could double a weight.
             weights = jnp.where(weights < 2.0**-14, 0.0, weights)
-        weights = weights.astype(plan.dtype)
-        return weights, jnp.sum(weights.astype(jnp.float32), axis=1)
+        weights = blocks.narrow(weights, plan.dtype, plan.fast)
+        return weights, jnp.sum(blocks.widen(weights, plan.fast), axis=1)
 
     def capped(tile_index, carry, masked):
         total, mass = carry
         score, bias, allowed, value = tiles(tile_index, masked)
-        offset, highest = _offsets(plan, bias[None, :], plan.shift)
-        weights = blocks.bounded_exp2(score, plan.factor, offset, highest, plan.fast)
+        weights = blocks.bounded_exp2(score, plan.cap, plan.factor, bias[None, :], plan.fast)
         if allowed is not None:
             weights = jnp.where(allowed, weights, 0.0)
         weights, part = rounded(weights)
@@ -334,9 +348,8 @@ def _pair_weights(plan: Plan, score, bias, best, allowed):
         level = blocks.level(score, plan.factor, bias, plan.fast)
         weights = blocks.exp2(level - best, plan.fast)
     else:
-        offset, highest = _offsets(plan, bias, 0)
-        weights = blocks.bounded_exp2(score, plan.factor, offset, highest, plan.fast)
-        free = score * plan.factor < plan.cap
+        weights = blocks.bounded_exp2(score, plan.cap, plan.factor, bias, plan.fast)
+        free = score < plan.cap
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0.0)
     return weights, free
@@ -381,7 +394,7 @@ def query_gradient_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
         d_score = (weights * inverse[:, None]) * d_weights
         if free is not None:
             d_score = jnp.where(free, d_score, 0.0)
-        return total + blocks.dot(d_score.astype(plan.dtype), key)
+        return total + blocks.dot(blocks.narrow(d_score, plan.dtype, plan.fast), key)
 
     total = blocks.sweep(runs, step, jnp.zeros((tile.block_q, key_pad), jnp.float32))
     _store(refs["d_query"], everything, total * plan.spec.scale, query_ok)
@@ -440,13 +453,13 @@ def key_gradient_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
         allowed = _allowed(plan, row, start, masked, refs, keys_first=True, member=member)
         weights, free = _pair_weights(plan, score, bias, best, allowed)
         weights = weights * inverse[None, :]
-        d_value += blocks.dot(weights.astype(plan.dtype), cotangent)
+        d_value += blocks.dot(blocks.narrow(weights, plan.dtype, plan.fast), cotangent)
         d_weights = blocks.dot(value, cotangent, transpose_b=True) - delta[None, :]
         d_level = weights * d_weights
         d_bias += jnp.sum(d_level, axis=1)
         if free is not None:
             d_level = jnp.where(free, d_level, 0.0)
-        d_key += blocks.dot(d_level.astype(plan.dtype), query)
+        d_key += blocks.dot(blocks.narrow(d_level, plan.dtype, plan.fast), query)
         return d_key, d_value, d_bias
 
     zero = (
