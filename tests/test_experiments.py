@@ -95,7 +95,11 @@ def test_experiment_writes_no_line_when_its_check_fails(name, tmp_path):
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(
-        (sys.executable, "-c", broken), cwd=tmp_path, env=environment, capture_output=True
+        (sys.executable, "-c", broken),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode != 0
+    assert done.returncode == 1 and "float64" in done.stderr, done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
