@@ -99,11 +99,11 @@ def choose_temperature(
 def choose_clip_norm(queries: np.ndarray, temperature: float, value_bound: float) -> float:
     """S3's clip norm: what half of the records stay below if they resemble the queries.
 
-    Rounded to an octave, so that few programs are compiled: a factor 2 moves accuracy little.
+    Rounded down to a half octave, so that few programs are compiled.
     """
     squares = (weights_between(queries, temperature) ** 2).sum(axis=0)
     median = value_bound * math.sqrt(float(np.median(squares)))
-    return 2.0 ** round(math.log2(median))
+    return 2.0 ** (math.floor(2 * math.log2(median)) / 2)
 
 
 # ---- One answer per mechanism, through the public API
