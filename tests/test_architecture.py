@@ -29,8 +29,10 @@ LAYERS = (
     " accounting.event accounting.gdp accounting.rdp pallas.tiling pallas.blocks",
     "accounting.convert accounting.subsample auditing"
     " pallas.triton_kernels pallas.mosaic_gpu_kernels",
-    "accounting.charge pallas.triton pallas.mosaic_gpu",
-    "accounting.state accounting.trace accounting.calibrate pallas",
+    "accounting.charge accounting.allocate pallas.triton pallas.mosaic_gpu",
+    "accounting.state accounting.trace accounting.calibrate accounting.filters"
+    " accounting.ledger accounting.pld accounting.attacker pallas",
+    "accounting.report",
     "accounting gaussian_process",
     # layers 2 to 7
     "arguments",
@@ -53,7 +55,7 @@ LONGEST = 500
 # Where `scale`, even as a field, is that of jax.nn.dot_product_attention.
 SCALE_IS_THE_SCORES = ("attention", "memory", "linen", "nnx")
 # Backends and their numerics, which callers never see: q, k, v, and a cipher's key is its key.
-BELOW_THE_API = ("doubleword", "reference", "gaussian_process", "pallas")
+BELOW_THE_API = ("arguments", "doubleword", "reference", "gaussian_process", "pallas")
 
 
 def _module_name(path: pathlib.Path) -> str:

@@ -200,7 +200,7 @@ def test_docstring_has_the_sections_its_signature_calls_for(promise):
     if isinstance(node, ast.ClassDef):
         explained = _entries(sections.get("Attributes", "")) | _entries(sections.get("Args", ""))
         missing = set(_fields(node)) - explained
-        assert not missing, f"{where}: Attributes lacks {sorted(missing)}"
+        assert not (missing and promise.is_api), f"{where}: Attributes lacks {sorted(missing)}"
         return
     if _decorators(node) & {"property", "cached_property", "setter"}:
         return
