@@ -53,6 +53,11 @@ def _line(count):
     return np.linspace(-1, 1, count, dtype=np.float32).reshape(1, count, 1, 1)
 
 
+def _copies(pair, axis):
+    """The same person's rows twice along an axis: of memories (0) or of kv heads (2)."""
+    return tuple(np.repeat(array, 2, axis) for array in pair)
+
+
 def _cases():
     common = {"value_bound": 1.0, "denominator_weight": 0.0, "floor": FLOOR}
     sums = {**common, "score_cap": 0.5}
@@ -64,6 +69,7 @@ def _cases():
     independent, clipped = dpfa_jax.IndependentNoise, dpfa_jax.ClippedContributions
     process = dpfa_jax.GaussianProcessNoise(1.0, key_bound=1.0, **common)
     turned = dataclasses.replace(process, adjacency=dpfa_jax.REPLACE_ONE)
+    present_1 = (_rows(1.0), _rows(1.0))
     far = (_rows(0.5), _rows(100.0)), (_rows(0.5), _rows(-100.0))
     return {
         # 4 queries: 2 positions times a group of 2 heads on one kv head.
@@ -75,6 +81,26 @@ def _cases():
         "S3 ZERO_OUT": Case(clipped(1.0, clip_norm=0.7, **sums), _ones(4, 2), present, absent),
         "S3 REPLACE_ONE": Case(
             clipped(1.0, clip_norm=0.7, **sums, **replace), _ones(4, 2), present, opposite
+        ),
+        # One person's row in everything that a record may reach: the queries of a whole batch, the
+        # memories of two batch elements, two kv heads.
+        "S3 shared memory": Case(
+            clipped(1.0, clip_norm=0.7, **sums), np.repeat(_ones(4), 2, 0), present, absent
+        ),
+        "S3 two memories": Case(
+            clipped(1.0, clip_norm=0.7, **sums),
+            np.repeat(_ones(4), 2, 0),
+            _copies(present, 0),
+            _copies(absent, 0),
+        ),
+        "S3 two heads": Case(
+            clipped(1.0, clip_norm=0.7, **sums),
+            _ones(4, 2),
+            _copies(present, 2),
+            _copies(absent, 2),
+        ),
+        "S5 two heads": Case(
+            process, _ones(1, 2), _copies(present_1, 2), _copies(absent, 2), scale=4.0
         ),
         "S5 ZERO_OUT": Case(
             process, _line(9), (_rows(1.0), _rows(1.0)), (_rows(NULL), _rows(1.0)), scale=4.0
@@ -148,6 +174,8 @@ def _covariance(name):
     case = CASES[name]
     if not isinstance(case.mechanism, dpfa_jax.GaussianProcessNoise):
         return 1.0
+    if case.query.shape[1] == 1:
+        return 1.0  # one query of each head, and the heads' processes are independent
     q = case.query.reshape(-1).astype(np.float64)
     gram = np.exp(-case.scale * (q[:, None] - q) ** 2 / 2)
     # The answer is the numerator in unit-diagonal form, divided by the floor.
