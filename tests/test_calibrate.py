@@ -6,7 +6,15 @@ import dp_accounting
 import pytest
 
 from dpfa_jax import accounting
-from dpfa_jax.accounting import Gaussian, Repeated
+from dpfa_jax.accounting import (
+    Composed,
+    Gaussian,
+    NonPrivate,
+    NoRelease,
+    PoissonSampled,
+    Repeated,
+    calibrate,
+)
 
 TARGETS = [(e, d) for e in (0.01, 0.5, 1.0, 8.0) for d in (1e-12, 1e-6, 1e-2)]
 
@@ -71,3 +79,72 @@ def test_noise_multiplier_refuses_bad_targets(bad):
     ):
         with pytest.raises((TypeError, ValueError), match="Expected"):
             accounting.noise_multiplier(**arguments)
+
+
+def training(noise_multiplier):
+    return Repeated(PoissonSampled(Gaussian(noise_multiplier), 0.01), 500)
+
+
+def test_smallest_meets_its_target_and_less_does_not():
+    for epsilon in (0.3, 4.0):
+        found = calibrate.smallest(training, epsilon=epsilon, delta=1e-6, tolerance=1e-5)
+        assert accounting.epsilon(training(found), 1e-6) <= epsilon
+        assert accounting.epsilon(training(found * (1 - 1e-4)), 1e-6) > epsilon
+
+
+def test_largest_meets_its_target_and_more_does_not():
+    def run(rate):
+        return Repeated(PoissonSampled(Gaussian(1.0), rate), 500)
+
+    found = calibrate.largest(run, epsilon=1.5, delta=1e-6, tolerance=1e-5)
+    assert accounting.epsilon(run(found), 1e-6) <= 1.5
+    assert accounting.epsilon(run(found * (1 + 1e-4)), 1e-6) > 1.5
+    everything = calibrate.largest(run, epsilon=1e5, delta=1e-6)
+    assert everything == 1.0
+
+
+def test_steps_is_the_largest_plan_that_fits():
+    step, spent = PoissonSampled(Gaussian(1.0), 0.01), Gaussian(4.0)
+    for before in (None, spent):
+        found = calibrate.steps(step, epsilon=1.5, delta=1e-5, spent=before)
+        parts = [Repeated(step, found)] + ([before] if before else [])
+        assert accounting.epsilon(Composed(parts), 1e-5) <= 1.5
+        assert accounting.epsilon(Composed([*parts, step]), 1e-5) > 1.5
+    assert calibrate.steps(NonPrivate(), epsilon=1.5, delta=1e-5) == 0
+    assert calibrate.steps(step, epsilon=1.5, delta=1e-5, spent=Gaussian(0.5)) == 0
+    assert calibrate.steps(NoRelease(), epsilon=1.5, delta=1e-5) == 1 << 53
+
+
+def test_smallest_says_so_where_the_target_is_out_of_reach():
+    with pytest.raises(ValueError, match="even there epsilon is"):
+        calibrate.smallest(training, epsilon=1e-9, delta=1e-12, high=100.0)
+    with pytest.raises(ValueError, match="even there"):
+        calibrate.largest(lambda rate: NonPrivate(), epsilon=1.0, delta=1e-5)
+
+
+def test_adaptive_clip_split_composes_to_the_whole():
+    for total, std in ((1.0, 5.0), (0.5, 0.2500001), (3.0, 1e6), (1e-3, 1.0)):
+        gradients = calibrate.adaptive_clip_split(noise_multiplier=total, count_noise_std=std)
+        both = accounting.mu(Composed([Gaussian(gradients), Gaussian(2 * std)]))
+        assert both <= (1 / total) * (1 + 1e-12)
+        assert gradients >= total
+    with pytest.raises(ValueError, match="count_noise_std"):
+        calibrate.adaptive_clip_split(noise_multiplier=1.0, count_noise_std=0.5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf])
+def test_searches_refuse_bad_targets(bad):
+    for call in (
+        lambda: calibrate.smallest(training, epsilon=bad, delta=1e-5),
+        lambda: calibrate.smallest(training, epsilon=1.0, delta=bad),
+        lambda: calibrate.smallest(training, epsilon=1.0, delta=1e-5, low=bad),
+        lambda: calibrate.smallest(training, epsilon=1.0, delta=1e-5, high=bad),
+        lambda: calibrate.smallest(training, epsilon=1.0, delta=1e-5, tolerance=bad),
+        lambda: calibrate.largest(training, epsilon=bad, delta=1e-5),
+        lambda: calibrate.steps(Gaussian(1.0), epsilon=bad, delta=1e-5),
+        lambda: calibrate.steps(Gaussian(1.0), epsilon=1.0, delta=bad),
+        lambda: calibrate.adaptive_clip_split(noise_multiplier=bad, count_noise_std=1.0),
+        lambda: calibrate.adaptive_clip_split(noise_multiplier=1.0, count_noise_std=bad),
+    ):
+        with pytest.raises(ValueError, match="Expected"):
+            call()

@@ -1,7 +1,13 @@
 """What releases cost: events, ε and δ of them, and the noise a target needs."""
 
+from dpfa_jax.accounting import allocate as allocate
+from dpfa_jax.accounting import attacker as attacker
+from dpfa_jax.accounting import calibrate as calibrate
 from dpfa_jax.accounting import convert as convert
+from dpfa_jax.accounting import filters as filters
 from dpfa_jax.accounting import gdp as gdp
+from dpfa_jax.accounting import ledger as ledger
+from dpfa_jax.accounting import pld as pld
 from dpfa_jax.accounting import rdp as rdp
 from dpfa_jax.accounting import subsample as subsample
 from dpfa_jax.accounting.calibrate import noise_multiplier as noise_multiplier
@@ -24,5 +30,6 @@ from dpfa_jax.accounting.event import Repeated as Repeated
 from dpfa_jax.accounting.event import SampledWithoutReplacement as SampledWithoutReplacement
 from dpfa_jax.accounting.event import Skellam as Skellam
 from dpfa_jax.accounting.event import TruncatedPoissonSampled as TruncatedPoissonSampled
+from dpfa_jax.accounting.report import report as report
 from dpfa_jax.accounting.state import Ledger as Ledger
 from dpfa_jax.accounting.trace import events as events

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,23 +24,54 @@ def _float(count: int) -> float:
         return math.inf
 
 
-def _times(count: int, cost: float) -> float:
-    return 0.0 if cost == 0.0 else _float(count) * cost
+def _sum(costs: Iterable[float]) -> float:
+    """Sum of costs ≥ 0, correctly rounded, ∞ where floats end."""
+    try:
+        return math.fsum(costs)
+    except OverflowError:
+        return math.inf
+
+
+def times(count: int, cost: float) -> float:
+    """A cost that occurs `count` times, 0 where it is 0.
+
+    Args:
+      count: ≥ 0, of any size.
+      cost: in [0, ∞].
+
+    Returns:
+      Upper bound up to the rounding of one product.
+
+    Guarantee: E1 (charge.md).
+    """
+    return 0.0 if cost == 0.0 or count == 0 else _float(count) * cost
 
 
 @dataclasses.dataclass(frozen=True)
-class _Profile:
-    """An event sorted by what is known exactly about its leaves."""
+class Profile:
+    """An event sorted by what is known exactly about its leaves.
 
-    mu_squared: float  # Σμ² of the Gaussian leaves
+    Attributes:
+      mu_squared: Σμ² of the Gaussian leaves.
+      others: the other leaves and how often each happens.
+      pure: Σε of the others at δ = 0, ∞ if one of them is not pure.
+      log_factor: of all noise that ends (G3).
+      flux: of all noise that ends, in [0, 1].
+      variation: Σ of total variation distances between what runs and what is charged.
+
+    Guarantee: E1 (charge.md).
+    """
+
+    mu_squared: float
     others: tuple[tuple[Event, int], ...]
-    pure: float  # Σε of the others at δ = 0
-    log_factor: float  # of all noise that ends (G3)
+    pure: float
+    log_factor: float
     flux: float
-    variation: float  # Σ of total variation distances to what is charged
+    variation: float
 
     @property
     def mu(self) -> float:
+        """μ of the Gaussian leaves together."""
         return 0.0 if self.mu_squared == 0.0 else math.sqrt(self.mu_squared) * _UP
 
 
@@ -60,44 +92,49 @@ def _few(coordinates: int) -> int:
     return min(coordinates, 1 << 60)
 
 
-def _profile(event: Event) -> _Profile:
+def profile_of(event: Event) -> Profile:
+    """The event, sorted by what is known exactly about its leaves.
+
+    Args:
+      event: what was released.
+
+    Returns:
+      Upper bounds, each rounded up.
+
+    Raises:
+      TypeError: if `event` is not an event.
+      ValueError: for releases of different adjacencies.
+
+    Guarantee: E1 (charge.md).
+    """
     squared, coordinates, apart = 0.0, 0, 0.0
     factors, fluxes, variations, others = [], [], [], []
-    unit = ""
+    events_lib.adjacency_of(event)
     for leaf, count in events_lib.leaves(event).items():
         if isinstance(leaf, events_lib.Gaussian):
-            squared += _times(count, _inverse_square(leaf.noise_multiplier))
+            squared += times(count, _inverse_square(leaf.noise_multiplier))
             coordinates += count * leaf.coordinates
             if leaf.coordinates:
-                apart += _times(count, _cut_off(leaf.noise_multiplier, leaf.coordinates)[1])
+                apart += times(count, _cut_off(leaf.noise_multiplier, leaf.coordinates)[1])
             continue
         others.append((leaf, count))
         match leaf:
             case events_lib.PoissonSampled() | events_lib.TruncatedPoissonSampled():
                 factor, flux = _cut_off(leaf.event.noise_multiplier, leaf.event.coordinates)
-                factors.append(_times(count, factor))
-                fluxes.append(_times(count, flux * leaf.sampling_rate))
-                needs = "ZERO_OUT"
+                factors.append(times(count, factor))
+                fluxes.append(times(count, flux * leaf.sampling_rate))
             case events_lib.SampledWithoutReplacement():
-                lost = leaf.coordinates * 2.0**-gdp.RADIUS_BITS if leaf.coordinates else 0.0
-                variations.append(_times(count, lost))
-                needs = "REPLACE_ONE"
+                variations.append(times(count * leaf.coordinates, 2.0**-gdp.RADIUS_BITS))
             case _:
                 continue
         if isinstance(leaf, events_lib.TruncatedPoissonSampled):
             overflow = subsample.poisson_overflow(leaf.records, leaf.sampling_rate, leaf.capacity)
-            variations.append(_times(count, overflow))
-        if unit not in ("", needs):
-            raise ValueError(
-                "Expected releases for one adjacency, got Poisson sampling (ZERO_OUT) beside "
-                "sampling without replacement (REPLACE_ONE). Account for them separately."
-            )
-        unit = needs
-    pure = math.fsum(_times(count, _pure_epsilon(leaf)) for leaf, count in others) * _UP
-    profile = _Profile(squared * _UP, tuple(others), pure, 0.0, 0.0, math.fsum(variations) * _UP)
+            variations.append(times(count, overflow))
+    pure = _sum(times(count, _pure_epsilon(leaf)) for leaf, count in others) * _UP
+    profile = Profile(squared * _UP, tuple(others), pure, 0.0, 0.0, _sum(variations) * _UP)
     factor, flux = gdp.cut_off(profile.mu, _few(coordinates))
-    factor = (factor + math.fsum(factors)) * _UP
-    flux = min(flux, apart) + math.fsum(fluxes)
+    factor = (factor + _sum(factors)) * _UP
+    flux = min(flux, apart) + _sum(fluxes)
     flux = math.inf if factor > 700.0 else flux * math.exp(factor) * _UP
     return dataclasses.replace(profile, log_factor=min(factor, 700.0), flux=min(flux, 1.0))
 
@@ -141,7 +178,7 @@ def _pure_epsilon(leaf: Event) -> float:
     return math.inf
 
 
-def _rdp(profile: _Profile, orders: rdp.Curve) -> rdp.Curve:
+def _rdp(profile: Profile, orders: rdp.Curve) -> rdp.Curve:
     total = rdp.zcdp(0.5 * profile.mu_squared, orders)
     for leaf, count in profile.others:
         curve = _leaf_rdp(leaf, orders)
@@ -169,7 +206,7 @@ def rdp_curve(event: Event, orders: ArrayLike = rdp.DEFAULT_ORDERS) -> rdp.Curve
 
     Guarantee: E1 (charge.md).
     """
-    return _rdp(_profile(event), rdp.check_orders(orders))
+    return _rdp(profile_of(event), rdp.check_orders(orders))
 
 
 def mu(event: Event) -> float:
@@ -191,7 +228,7 @@ def mu(event: Event) -> float:
       >>> round(mu(event.Repeated(event.Gaussian(2.0), 4)), 12)
       1.0
     """
-    profile = _profile(event)
+    profile = profile_of(event)
     return math.inf if profile.others else profile.mu
 
 
@@ -218,14 +255,14 @@ def epsilon(event: Event, delta: float) -> float:
       1.0
     """
     tolerance = _check.real("delta", delta, low=0, high=1, open_high=True)
-    profile = _profile(event)
+    profile = profile_of(event)
     if profile.variation == 0.0:
-        return _ideal_epsilon(profile, _ideal_tolerance(profile, tolerance))
+        return _ideal_epsilon(profile, ideal_tolerance(profile, tolerance))
     # (1 + e^ε)·variation is paid from δ, so ε solves ε = f(ε) with f growing: iterate from below.
     found = 0.0
     for _ in range(200):
         charged = (1.0 + math.exp(min(found, 700.0))) * profile.variation * _UP
-        left = _ideal_tolerance(profile, tolerance - charged)
+        left = ideal_tolerance(profile, tolerance - charged)
         needed = _ideal_epsilon(profile, left) if left > 0.0 else math.inf
         if needed <= found:
             return found
@@ -235,15 +272,25 @@ def epsilon(event: Event, delta: float) -> float:
     return math.inf
 
 
-def _ideal_tolerance(profile: _Profile, tolerance: float) -> float:
-    """δ that is left for ideal noise after its cut-off; below 0 where nothing is."""
+def ideal_tolerance(profile: Profile, tolerance: float) -> float:
+    """δ that is left for ideal noise after its cut-off; below 0 where nothing is.
+
+    Args:
+      profile: what was released.
+      tolerance: δ in (−∞, 1).
+
+    Returns:
+      Rounded down, to the private side.
+
+    Guarantee: E1 (charge.md).
+    """
     if profile.flux == 0.0:
         return tolerance
     left = (tolerance - profile.flux) * (1.0 - 4.0 * 2.0**-52)
     return left * math.exp(-profile.log_factor) * (1.0 - 4.0 * 2.0**-52)
 
 
-def _ideal_epsilon(profile: _Profile, tolerance: float) -> float:
+def _ideal_epsilon(profile: Profile, tolerance: float) -> float:
     if not tolerance >= 0.0:
         return math.inf
     gaussian = gdp.epsilon(tolerance, profile.mu)
@@ -276,7 +323,7 @@ def delta(event: Event, epsilon: float) -> float:
       1.0
     """
     target = _check.real("epsilon", epsilon, low=0, finite=False)
-    profile = _profile(event)
+    profile = profile_of(event)
     if not profile.others:
         ideal = gdp.delta(target, profile.mu)
     else:

@@ -100,7 +100,7 @@ def _minimum(cost: Callable[[rdp.Curve], rdp.Curve]) -> float:
             right = orders[-1] * 1e3
         if not math.isfinite(best) or not right - left > 1e-9 * left or right > 1e15:
             break
-        orders = 1.0 + np.geomspace(left - 1.0, right - 1.0, 24)
+        orders = 1.0 + np.geomspace(left - 1.0, right - 1.0, 14)
     return best
 
 
@@ -112,7 +112,7 @@ def epsilon(curve: Callable[[rdp.Curve], rdp.Curve], delta: float) -> float:
       delta: in [0, 1).
 
     Returns:
-      Upper bound; the best that C1 and C2 give, up to about 1e-12 relative.
+      Upper bound; the best that C1 and C2 give, up to about 1e-9 relative.
 
     Raises:
       ValueError: for δ outside [0, 1) or a curve with NaN or negative values.

@@ -372,3 +372,36 @@ def leaves(event: Event) -> dict[Event, int]:
     for leaf, count in _walk(check_event("event", event), 1):
         counts[leaf] = counts.get(leaf, 0) + count
     return counts
+
+
+def adjacency_of(event: Event, known: str = "") -> str:
+    """The adjacency that the sampled releases inside an event need.
+
+    Args:
+      event: any event.
+      known: what releases beside it need, "" for no need.
+
+    Returns:
+      "ZERO_OUT", "REPLACE_ONE", or "" where nothing is sampled.
+
+    Raises:
+      ValueError: if two releases need different ones.
+
+    Example:
+      >>> adjacency_of(PoissonSampled(Gaussian(1.0), 0.1))
+      'ZERO_OUT'
+    """
+    for leaf in leaves(event):
+        if isinstance(leaf, PoissonSampled | TruncatedPoissonSampled):
+            needs = "ZERO_OUT"
+        elif isinstance(leaf, SampledWithoutReplacement):
+            needs = "REPLACE_ONE"
+        else:
+            continue
+        if known not in ("", needs):
+            raise ValueError(
+                "Expected releases for one adjacency, got Poisson sampling (ZERO_OUT) beside "
+                "sampling without replacement (REPLACE_ONE). Account for them separately."
+            )
+        known = needs
+    return known

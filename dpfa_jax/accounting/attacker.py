@@ -1,0 +1,105 @@
+"""What a guarantee leaves an attacker: advantage, true positives, posterior belief.
+
+The attacker knows everything but one record, and sees everything that was released.
+"""
+
+import functools
+import math
+
+import numpy as np
+from scipy import special
+
+from dpfa_jax import _check
+from dpfa_jax.accounting import charge
+from dpfa_jax.accounting.event import Event
+
+_GRID = tuple(float(x) for x in np.concatenate([[0.0], np.geomspace(1e-3, 50.0, 40)]))
+
+
+@functools.lru_cache(maxsize=64)
+def _curve(event: Event) -> tuple[tuple[float, float], ...]:
+    """(ε, δ(ε)) on a public grid, and at the event's own ε where it is pure."""
+    pure = charge.profile_of(event).pure
+    grid = (*_GRID, pure) if pure < math.inf else _GRID
+    return tuple((epsilon, charge.delta(event, epsilon)) for epsilon in grid)
+
+
+def advantage(event: Event) -> float:
+    """Largest true-positive minus false-positive rate of any membership attack: δ(0).
+
+    Args:
+      event: what was released.
+
+    Returns:
+      Upper bound in [0, 1]; equality for Gaussian releases.
+
+    Guarantee: B1 (attacker.md).
+
+    Example:
+      >>> from dpfa_jax import accounting
+      >>> round(advantage(accounting.Gaussian(1.0)), 4)
+      0.3829
+    """
+    return charge.delta(event, 0.0)
+
+
+def true_positive_rate(event: Event, false_positive_rate: float) -> float:
+    """Largest true-positive rate of any attack with a given false-positive rate.
+
+    Args:
+      event: what was released.
+      false_positive_rate: in [0, 1].
+
+    Returns:
+      Upper bound in [0, 1], for Gaussian releases Φ(Φ⁻¹(FPR) + μ) with their noise cut-off.
+
+    Raises:
+      ValueError: for a rate outside [0, 1].
+
+    Guarantee: B1 (attacker.md).
+    Source: Wasserman and Zhou 2010, arXiv:0811.2501, Theorem 2.4.
+
+    Example:
+      >>> from dpfa_jax import accounting
+      >>> round(true_positive_rate(accounting.Gaussian(1.0), 0.01), 4)
+      0.0924
+    """
+    rate = _check.real("false_positive_rate", false_positive_rate, low=0, high=1)
+    profile = charge.profile_of(event)
+    if not profile.others and profile.mu < math.inf:
+        ideal = float(special.ndtr(special.ndtri(rate) + profile.mu)) if profile.mu else rate
+        # TPR ≤ e^ε·FPR + δ(ε) for every ε, and δ ≤ e^(log_factor)·δ_ideal + flux.
+        gain = math.exp(profile.log_factor)
+        return min(gain * ideal * (1.0 + 1e-12) + profile.flux, 1.0)
+    best = 1.0
+    for epsilon, delta in _curve(event):
+        best = min(best, math.exp(min(epsilon, 700.0)) * rate + delta)
+        best = min(best, 1.0 - math.exp(-epsilon) * (1.0 - delta - rate))
+    return max(min(best * (1.0 + 1e-12), 1.0), rate)
+
+
+def posterior(prior: float, epsilon: float) -> float:
+    """Largest belief that a record is present after an (ε, 0)-DP release; δ is the chance of more.
+
+    Args:
+      prior: belief beforehand, in [0, 1].
+      epsilon: nats, in [0, ∞].
+
+    Returns:
+      Upper bound: odds grow at most by e^ε.
+
+    Raises:
+      ValueError: for NaN or an argument outside its range.
+
+    Guarantee: B1 (attacker.md).
+
+    Example:
+      >>> round(posterior(0.5, 1.0), 3)
+      0.731
+    """
+    prior = _check.real("prior", prior, low=0, high=1)
+    epsilon = _check.real("epsilon", epsilon, low=0, finite=False)
+    if prior in (0.0, 1.0):
+        return prior
+    other = (1.0 - prior) * math.exp(-epsilon)
+    return min(prior / (prior + other) * (1.0 + 2.0**-50), 1.0)

@@ -1,0 +1,79 @@
+"""What an attacker gains: bounds that the best attack reaches and none exceeds."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dpfa_jax.accounting import (
+    Composed,
+    Gaussian,
+    Laplace,
+    NonPrivate,
+    NoRelease,
+    attacker,
+    gdp,
+)
+
+
+def test_true_positive_rate_is_reached_by_the_likelihood_test():
+    for mu in (0.1, 1.0, 4.0):
+        for rate in (1e-9, 0.01, 0.5):
+            best = stats.norm.sf(stats.norm.isf(rate) - mu)
+            found = attacker.true_positive_rate(Gaussian(1 / mu), rate)
+            assert best * (1 - 1e-12) <= found <= best * (1 + 1e-9)
+            epsilons = np.linspace(0, 30, 301)
+            dual = min(math.exp(e) * rate + gdp.delta(float(e), mu) for e in epsilons)
+            assert found <= dual * (1 + 1e-9)
+
+
+def test_true_positive_rate_of_mixtures_bounds_every_threshold():
+    """Laplace with multiplier 2 beside nothing else: the exact trade-off curve."""
+    event = Laplace(2.0)
+    for rate in (0.001, 0.01, 0.2, 0.5, 0.9):
+        cut = stats.laplace.isf(rate, scale=2.0)
+        power = stats.laplace.sf(cut - 1.0, scale=2.0)
+        assert attacker.true_positive_rate(event, rate) >= power * (1 - 1e-12)
+        assert attacker.true_positive_rate(event, rate) <= min(math.exp(0.5) * rate * 1.01, 1.0)
+    mixed = Composed([Gaussian(2.0), Laplace(2.0)])
+    assert attacker.true_positive_rate(mixed, 0.01) > attacker.true_positive_rate(event, 0.01)
+
+
+def test_advantage_is_the_largest_gap():
+    for event in (Gaussian(1.0), Laplace(2.0)):
+        gap = max(
+            attacker.true_positive_rate(event, float(rate)) - float(rate)
+            for rate in np.linspace(0.05, 0.95, 19)
+        )
+        assert gap <= attacker.advantage(event) * (1 + 1e-9) + 0.02
+    assert abs(attacker.advantage(Gaussian(1.0)) - (2 * stats.norm.cdf(0.5) - 1)) <= 1e-12
+
+
+def test_edges_cost_everything_or_nothing():
+    assert attacker.advantage(NonPrivate()) == 1.0
+    assert attacker.advantage(NoRelease()) == 0.0
+    assert attacker.true_positive_rate(NonPrivate(), 0.0) == 1.0
+    assert attacker.true_positive_rate(NoRelease(), 0.3) == pytest.approx(0.3, rel=1e-9)
+    assert attacker.true_positive_rate(Gaussian(1.0), 0.0) == 0.0
+    assert attacker.true_positive_rate(Gaussian(1.0, 10**6), 0.0) > 0.0
+    assert attacker.true_positive_rate(Gaussian(1.0), 1.0) == 1.0
+
+
+def test_posterior_multiplies_the_odds():
+    for prior in (1e-12, 0.1, 0.5, 0.999):
+        for epsilon in (0.0, 0.5, 30.0):
+            odds = prior / (1 - prior) * math.exp(epsilon)
+            assert attacker.posterior(prior, epsilon) == pytest.approx(odds / (1 + odds), rel=1e-9)
+    assert attacker.posterior(0.5, math.inf) == 1.0
+    assert attacker.posterior(0.0, math.inf) == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.1, 1.1])
+def test_rates_refuse_bad_numbers(bad):
+    with pytest.raises(ValueError, match="false_positive_rate"):
+        attacker.true_positive_rate(Gaussian(1.0), bad)
+    with pytest.raises(ValueError, match="prior"):
+        attacker.posterior(bad, 1.0)
+    with pytest.raises(ValueError, match="epsilon"):
+        attacker.posterior(0.5, -1.0 if bad > 0 else bad)
