@@ -30,9 +30,10 @@ from dpfa_jax import (
 )
 from dpfa_jax._typing import Operands, Spec
 
-BACKENDS = MappingProxyType({"xla": "dpfa_jax.reference"})
-"""Modules that export forward, backward, rounding and supports(operands, spec) -> reason | None,
-fastest first; loaded when first used, so that importing the library loads no kernel."""
+BACKENDS = MappingProxyType({"triton": "dpfa_jax.pallas.triton", "xla": "dpfa_jax.reference"})
+"""Modules that export forward, backward, rounding, column_squares and supports(operands, spec) ->
+reason | None, fastest first; loaded when first used, so that importing the library loads no kernel.
+"""
 
 _NAMED = ("xla", "triton", "mosaic_gpu", "auto")
 
@@ -72,10 +73,21 @@ def _attend_backward(backend, spec, process, saved, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _is_preferred(backend: str) -> bool:
+    """Whether "auto" looks at a backend: kernels only where they are compiled, for a GPU."""
+    if backend == "xla":
+        return True
+    return jax.default_backend() == "gpu" and _module(backend).preferred()
+
+
 def _backend(name: str, operands: Operands, spec: Spec) -> str:
     _check.choice("backend", name, _NAMED)
     if name == "auto":
-        return next(kind for kind in BACKENDS if _module(kind).supports(operands, spec) is None)
+        return next(
+            kind
+            for kind in BACKENDS
+            if _is_preferred(kind) and _module(kind).supports(operands, spec) is None
+        )
     if name not in BACKENDS:
         raise NotImplementedError(
             f"backend={name!r} is not part of this version. Pass backend='auto', which takes the "
@@ -146,7 +158,8 @@ def private_attention(
       precision: of the score product, as in `jax.lax.dot`; None is the highest. The value product
         always has the highest, since its error counts against the guarantee.
       deterministic: whether gradients must be the same bits on every run (always so on "xla").
-      backend: "auto" or "xla"; a named backend never falls back to another.
+      backend: "auto", "triton" (NVIDIA, compute capability 8.0 and up; interpreted on a CPU, for
+        tests) or "xla"; a named backend never falls back to another.
 
     Returns:
       (B, T, N, h) in the query's dtype, the noise added in float32 or better before the cast. A
@@ -325,7 +338,7 @@ def _release(operands, spec, mechanism, call, backend) -> jax.Array:
                 ball=mechanism.value_bound,
             )
             if isinstance(mechanism, releases.ClippedContributions):
-                weights = _contribution_weights(operands, noisy, mechanism, call)
+                weights = _contribution_weights(_module(name), operands, noisy, mechanism, call)
                 operands = operands._replace(log_weights=operands.log_weights + weights)
             return run(noisy, operands)
         case releases.GaussianProcessNoise():
@@ -333,10 +346,10 @@ def _release(operands, spec, mechanism, call, backend) -> jax.Array:
     raise TypeError(f"No rule for the mechanism {type(mechanism).__name__}.")
 
 
-def _contribution_weights(operands, spec, mechanism, call) -> jax.Array:
+def _contribution_weights(module, operands, spec, mechanism, call) -> jax.Array:
     """log u_j = log min(1, C/‖φ_j‖), φ_j over all queries and heads of the call; (B or 1, S, K)."""
     frozen = jax.lax.stop_gradient(operands)
-    squares = reference.column_squares(frozen, spec)  # (B, S, K)
+    squares = module.column_squares(frozen, spec)  # (B, S, K)
     if call.memories == 1:
         squares = clipping.stable_sum(squares, axis=0)[None]
     weight = mechanism.weight(call)

@@ -126,10 +126,10 @@ def normal_pair(first, second, fast):
     return radius * _approximate("cos", angle), radius * _approximate("sin", angle)
 
 
-def _block(key, first, second, batch, domain, head):
+def _block(key, first, second, batch, domain, head, fast):
     tagged = jnp.uint32(domain << 24) | head.astype(jnp.uint32)
     address = (first, second, batch.astype(jnp.uint32), tagged)
-    return random.chacha_block(key, address, unroll=True)
+    return random.chacha_block(key, address, unroll=fast)
 
 
 def _joined(parts):
@@ -159,7 +159,7 @@ def matrix_noise(key, batch, head, start, rows, width, fast):
     pairs = min(8, width // 8)
     row = (start + lax.broadcasted_iota(jnp.int32, (rows, 4 * chunks), 0)).astype(jnp.uint32)
     block = lax.broadcasted_iota(jnp.int32, (rows, 4 * chunks), 1).astype(jnp.uint32)
-    words = _block(key, row, block, batch, _MATRIX, head)
+    words = _block(key, row, block, batch, _MATRIX, head, fast)
     drawn = [normal_pair(words[2 * j], words[2 * j + 1], fast) for j in range(pairs)]
     noise = _joined([jnp.stack(pair, axis=-1) for pair in drawn])
     noise = noise.reshape(rows, chunks, 4, 2, pairs)
@@ -170,7 +170,7 @@ def row_noise(key, batch, head, start, rows, fast):
     """One normal for each of the rows start..start+rows, start and rows multiples of 16."""
     block = lax.broadcasted_iota(jnp.int32, (rows // 16,), 0)
     block = (lax.div(start, jnp.int32(16)) + block).astype(jnp.uint32)
-    words = _block(key, block, jnp.uint32(0), batch, _ROW, head)
+    words = _block(key, block, jnp.uint32(0), batch, _ROW, head, fast)
     drawn = [normal_pair(words[2 * j], words[2 * j + 1], fast) for j in range(8)]
     return _joined([jnp.stack(pair, axis=-1) for pair in drawn]).reshape(rows)
 

@@ -87,7 +87,7 @@ def backward_tile(*, capability: int, width: int, item_bytes: int) -> Tile:
     if width <= 64:
         return Tile(64, 64, 4, 3 if capability >= 90 else 2)
     if width <= 128:
-        return Tile(64, 64, 8, 2)
+        return Tile(64, 64, 4, 2 if capability >= 90 else 1)
     return Tile(32, 32, 4, 1)
 
 
