@@ -224,10 +224,11 @@ def test_memory_is_charged_once_at_its_creation(create):
 @both
 def test_memory_vmaps_over_memories_with_noise_of_their_own(create):
     keys = jnp.stack([ROWS[0], ROWS[0]])
-    make = jax.vmap(lambda key: create(key, ROWS[1], rng=KEY))
-    answers, memories = jax.jit(jax.vmap(lambda m, q: m.attend(q), in_axes=(0, None)))(
-        make(keys), QUERY
-    )
+
+    def life(key):
+        return create(key, ROWS[1], rng=KEY).attend(QUERY)
+
+    answers, memories = jax.jit(jax.vmap(life))(keys)
     assert (np.abs(np.asarray(answers[0]) - answers[1]) > 1e-3).mean() > 0.9
     with pytest.raises(ValueError, match="a stack of them"):
         memories.attend(QUERY)
