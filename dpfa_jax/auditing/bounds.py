@@ -36,7 +36,7 @@ def clopper_pearson(
     Returns:
       (lower, upper), widened outward by 10⁻⁹ relative, more than the error of the inversion.
 
-    Guarantee: B1 (bounds.md).
+    Guarantee: AU1 (bounds.md).
     Source: Clopper, Pearson 1934, doi:10.1093/biomet/26.4.404.
 
     Example:
@@ -137,7 +137,7 @@ def mu_lower_bound(
     Raises:
       ValueError: on NaN, on fewer than 20 runs a side, or if an array is not one-dimensional.
 
-    Guarantee: B2 (bounds.md).
+    Guarantee: AU2 (bounds.md).
     Source: Dong, Roth, Su 2022, arXiv:1905.02383, Definition 2.6; Nasr et al. 2023,
       arXiv:2302.07956 (auditing through the trade-off curve).
 
@@ -177,7 +177,7 @@ def epsilon_lower_bound(
     Raises:
       ValueError: on NaN, on fewer than 20 runs a side, or if an array is not one-dimensional.
 
-    Guarantee: B3 (bounds.md).
+    Guarantee: AU3 (bounds.md).
     Source: Kairouz, Oh, Viswanath 2015, arXiv:1311.0776, Theorem 2.1.
 
     Example:
