@@ -26,7 +26,7 @@ LAYERS = (
     "_primitives doubleword",
     # layer 1, its packages from the inside out
     "sensitivity mechanisms clipping auditing.bounds auditing.attacks"
-    " accounting.event accounting.gdp accounting.rdp pallas.tiling pallas.blocks",
+    " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks",
     "accounting.convert accounting.subsample auditing"
     " pallas.triton_kernels pallas.mosaic_gpu_kernels",
     "accounting.charge accounting.allocate pallas.triton pallas.mosaic_gpu",

@@ -147,6 +147,8 @@ def to_json(event: Event) -> dict[str, Any]:
     Raises:
       TypeError: for what is no event of this package.
 
+    Guarantee: V1 (ledger.md).
+
     Example:
       >>> to_json(events_lib.Repeated(events_lib.Laplace(2.0), 3))
       {'kind': 'Repeated', 'event': {'kind': 'Laplace', 'noise_multiplier': 2.0}, 'count': 3}
@@ -178,6 +180,8 @@ def from_json(written: Any) -> Event:
 
     Raises:
       ValueError: for an unknown kind, a missing, unknown or bad field.
+
+    Guarantee: V1 (ledger.md).
     """
     if not isinstance(written, dict):
         raise ValueError(f"Expected an event as a JSON object, got {written!r}.")

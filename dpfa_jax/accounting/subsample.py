@@ -183,6 +183,7 @@ def _slope(u: np.ndarray, exponents: np.ndarray, mu: float) -> np.ndarray:
         return -u - exponents * mu / np.expm1(0.5 * mu * mu - mu * u)
 
 
+@functools.lru_cache(maxsize=256)
 def _log_even_moments(mu: float, half: int) -> np.ndarray:
     """ln E(e^w − 1)^l for l = 2, 4, …, 2·half; w = μu − μ²/2, u standard normal."""
     exponents = 2.0 * np.arange(1, half + 1)
@@ -221,7 +222,7 @@ def _without_replacement_integer(rate: float, noise_multiplier: float, order: in
     cost = 0.5 / (noise_multiplier * noise_multiplier)  # ε(j) = j·cost
     terms = math.log(2.0) + (j - 1.0) * j * cost
     count = min(order, _EXACT_TERMS)
-    even = _log_even_moments(1.0 / noise_multiplier, (count + 1) // 2)
+    even = _log_even_moments(1.0 / noise_multiplier, _EXACT_TERMS // 2)
     whole = np.arange(2, count + 1)
     paired = math.log(4.0) + 0.5 * (even[whole // 2 - 1] + even[(whole + 1) // 2 - 1])
     terms[: count - 1] = np.minimum(terms[: count - 1], paired)
