@@ -45,9 +45,8 @@ def supports(operands: Operands, spec: Spec) -> str | None:
         )
     if query.dtype != key.dtype or query.dtype not in _DTYPES:
         return f"query and key must have one dtype, got {query.dtype} and {key.dtype}"
-    narrowed = key.dtype == jnp.bfloat16 and value.dtype == jnp.float32
-    if value.dtype != key.dtype and not narrowed:
-        return f"values in {value.dtype} beside keys in {key.dtype} would be rounded upwards"
+    if value.dtype not in (key.dtype, jnp.float32):
+        return f"values in {value.dtype} beside keys in {key.dtype} have no kernel"
     if not spec.scale > 0:
         return f"the scale of the scores must be positive, got {spec.scale}"
     if spec.score_cap is not None and abs(spec.score_cap) > _LARGEST_CAP:
@@ -64,7 +63,8 @@ def supports(operands: Operands, spec: Spec) -> str | None:
 def _capability() -> int:
     """Compute capability of the device that is lowered for, 90 for Hopper; 80 if it is unknown."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is None and jax.default_backend() != "gpu":
+    platform = jax.default_backend() if abstract is None else abstract.platform
+    if platform != "gpu":
         return 80
     return int(plgpu.get_gpu_info().compute_capability)
 
@@ -124,6 +124,13 @@ def _fold_masks(operands: Operands, spec: Spec, shift: int = 0) -> tuple[Operand
     return operands._replace(mask=mask, key_lengths=None), bias
 
 
+def _towards_zero(rows: jax.Array, dtype: Any) -> jax.Array:
+    """The rows in a narrower dtype, no number larger than it was: a bound on their norm holds."""
+    rounded = rows.astype(dtype)
+    above = jnp.abs(rounded.astype(rows.dtype)) > jnp.abs(rows)
+    return jnp.where(above, lax.nextafter(rounded, jnp.zeros_like(rounded)), rounded)
+
+
 def _pad(array: jax.Array, axis: int, multiple: int, fill: Any) -> jax.Array:
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, -array.shape[axis] % multiple)
@@ -159,8 +166,7 @@ def _arguments(plan: Plan, operands: Operands, bias: jax.Array, by_key: bool) ->
     key_pad, value_pad = tiling.padded(plan.key_width), tiling.padded(plan.value_width)
     value = operands.value
     if value.dtype != plan.dtype:
-        # Rounding to nearest after this leaves no number larger than it was.
-        value = (value * (1.0 - 2.0**-8)).astype(plan.dtype)
+        value = _towards_zero(value, plan.dtype)
 
     def kv_head(head):
         return head if by_key else lax.div(head, jnp.int32(group))

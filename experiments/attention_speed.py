@@ -1,0 +1,225 @@
+"""How fast is private attention beside the fastest attention without privacy?
+
+    python experiments/attention_speed.py            # ten shapes on the default GPU, 3 minutes
+    python experiments/attention_speed.py --smoke    # the correctness check alone, on any device
+
+GPU kernel time by CUPTI, all implementations in one process, after a check of the private answer
+against the definition; no line is written if that fails. The time of `triton_private` is that of
+the public call: checks of rows, norms, clipping and noise included.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import pathlib
+import statistics
+import sys
+import uuid
+
+import _common
+import jax
+import jax.numpy as jnp
+
+import dpfa_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compared.
+
+    Attributes:
+      noise_multiplier: σ/Δ; the time does not depend on it.
+      value_bound: in the unit of the values, which are N(0, 1).
+      score_cap: public reference of the scores.
+      iterations: timed runs of each program; the median is reported.
+      dtype: of query, key and value.
+    """
+
+    noise_multiplier: float = 1.0
+    value_bound: float = 30.0
+    score_cap: float = 4.0
+    iterations: int = 8
+    dtype: str = "bfloat16"
+
+
+# name: batch, length, query heads, kv heads, width, causal
+SHAPES = {
+    "D128": (4, 4096, 16, 16, 128, False),
+    "D128 causal": (4, 4096, 16, 16, 128, True),
+    "D128 T8192 causal": (2, 8192, 16, 16, 128, True),
+    "D128 T16384": (1, 16384, 16, 16, 128, False),
+    "D64": (4, 4096, 32, 32, 64, False),
+    "D64 causal": (4, 4096, 32, 32, 64, True),
+    "BERT-Large": (32, 512, 16, 16, 64, False),
+    "GPT-3 13B": (4, 2048, 40, 40, 128, True),
+    "ViT-Huge": (64, 256, 16, 16, 80, False),
+    "Llama GQA": (2, 8192, 32, 8, 128, True),
+}
+
+
+def _private(settings: Settings, causal: bool, backend: str, noisy: bool, query, key, value, data):
+    mechanism = dpfa_jax.NonPrivate()
+    if noisy:
+        mechanism = dpfa_jax.IndependentNoise(
+            settings.noise_multiplier,
+            value_bound=settings.value_bound,
+            score_cap=settings.score_cap,
+        )
+    return dpfa_jax.private_attention(
+        query,
+        key,
+        value,
+        mechanism=mechanism,
+        rng=dpfa_jax.random.wrap_key_data(data) if noisy else None,
+        queries="public",
+        is_causal=causal,
+        backend=backend,
+    )
+
+
+def _cudnn(causal: bool, query, key, value, data):
+    del data
+    return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
+
+
+def _clip(rows, bound):
+    norms = jnp.linalg.norm(rows.astype(jnp.float32), axis=-1, keepdims=True)
+    return (rows * jnp.minimum(1.0, bound / norms)).astype(rows.dtype)
+
+
+def _bolted_on(settings: Settings, causal: bool, query, key, value, data):
+    bound = settings.value_bound
+    rows = (_clip(x, bound) for x in (query, key, value))
+    out = _cudnn(causal, *rows, data).astype(jnp.float32)
+    noise = jax.random.normal(jax.random.wrap_key_data(data[:2]), out.shape)
+    return (out + settings.noise_multiplier * noise).astype(query.dtype)
+
+
+def _implementations(settings: Settings, causal: bool):
+    return {
+        "triton_private": functools.partial(_private, settings, causal, "triton", True),
+        "triton_plain": functools.partial(_private, settings, causal, "triton", False),
+        "cudnn": functools.partial(_cudnn, causal),
+        "bolted_on": functools.partial(_bolted_on, settings, causal),
+    }
+
+
+def _with_gradient(fun):
+    def both(query, key, value, data, cotangent):
+        out, pull = jax.vjp(lambda *rows: fun(*rows, data), query, key, value)
+        return out, *pull(cotangent)
+
+    return both
+
+
+def check(settings: Settings) -> float:
+    """Largest difference of the private answer from the definition's, relative to the value bound.
+
+    Raises:
+      RuntimeError: if it is more than bfloat16's rounding explains.
+    """
+    ks = jax.random.split(jax.random.key(2), 3)
+    query, key, value = (jax.random.normal(k, (1, 40, 2, 16)).astype(settings.dtype) for k in ks)
+    data = jnp.arange(8, dtype=jnp.uint32)
+    ours, want = (
+        _private(settings, True, backend, True, query, key, value, data).astype(jnp.float32)
+        for backend in ("triton", "xla")
+    )
+    error = float(jnp.max(jnp.abs(ours - want))) / settings.value_bound
+    # The noise differs by the two backends' rounding terms, 1 % at most.
+    if not error < 0.02:
+        raise RuntimeError(f"The private answer is {error} away from its definition.")
+    return error
+
+
+def _specs(settings: Settings, shape, gradient: bool):
+    batch, length, heads, kv_heads, width, _ = shape
+    query = jax.ShapeDtypeStruct((batch, length, heads, width), settings.dtype)
+    key = jax.ShapeDtypeStruct((batch, length, kv_heads, width), settings.dtype)
+    data = jax.ShapeDtypeStruct((8,), jnp.uint32)
+    return (query, key, key, data) + ((query,) if gradient else ())
+
+
+def _arrays(settings: Settings, shape):
+    batch, length, heads, kv_heads, width, _ = shape
+    counts = (heads, kv_heads, kv_heads, heads)
+    ks = jax.random.split(jax.random.key(1), 4)
+    query, key, value, cotangent = (
+        jax.random.normal(k, (batch, length, count, width), settings.dtype)
+        for k, count in zip(ks, counts, strict=True)
+    )
+    return query, key, value, jnp.arange(8, dtype=jnp.uint32), cotangent
+
+
+def measure(settings: Settings) -> list[dict]:
+    """One dictionary for each shape, pass and implementation."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    cases = [
+        (name, which, label, fun)
+        for name, shape in SHAPES.items()
+        for which in ("forward", "forward_backward")
+        for label, fun in _implementations(settings, shape[-1]).items()
+    ]
+
+    def lower(case):
+        name, which, _, fun = case
+        gradient = which != "forward"
+        fun = _with_gradient(fun) if gradient else fun
+        return jax.jit(fun).lower(*_specs(settings, SHAPES[name], gradient))
+
+    lowered = [lower(case) for case in cases]
+    with concurrent.futures.ThreadPoolExecutor(14) as pool:
+        programs = list(pool.map(lambda program: program.compile(), lowered))
+    run_id, rows, arrays, held = uuid.uuid4().hex[:12], [], (), ""
+    for (name, which, label, _), program in zip(cases, programs, strict=True):
+        shape = SHAPES[name]
+        if name != held:
+            arrays, held = _arrays(settings, shape), name
+        given = arrays if which != "forward" else arrays[:4]
+        jax.block_until_ready(program(*given))
+        _, times = profiler.measure(program, iterations=settings.iterations)(*given)
+        memory = program.memory_analysis()
+        batch, length, heads, kv_heads, width, causal = shape
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        rows.append(
+            {
+                "shape": name,
+                "batch": batch,
+                "q_len": length,
+                "kv_len": length,
+                "heads": heads,
+                "kv_heads": kv_heads,
+                "head_dim": width,
+                "causal": causal,
+                "pass": which,
+                "implementation": label,
+                "milliseconds": round(statistics.median(times), 5),
+                "spread": round((max(times) - min(times)) / statistics.median(times), 4),
+                "peak_bytes": peak + memory.temp_size_in_bytes,
+                "run_id": run_id,
+            }
+        )
+        print(f"{name:18} {which:17} {label:15} {rows[-1]['milliseconds']:9.4f} ms", flush=True)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, add_help=True)
+    parser.add_argument("--smoke", action="store_true", help="check the answers, time nothing")
+    parser.add_argument("--output", type=pathlib.Path, default=_common.RESULTS)
+    given = parser.parse_args(arguments)
+    settings, watch = Settings(), _common.Stopwatch()
+    error = check(settings)
+    print(f"largest difference from the definition: {error:.2e} of the value bound")
+    if given.smoke:
+        return
+    if jax.default_backend() != "gpu":
+        sys.exit("Timings need an NVIDIA GPU. Pass --smoke to check the answers on this device.")
+    rows = measure(settings)
+    _common.append_line(given.output, "attention_speed", settings, rows, watch.seconds())
+
+
+if __name__ == "__main__":
+    main()
