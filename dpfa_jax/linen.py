@@ -2,7 +2,9 @@
 
 Noise comes from the stream "privacy", passed as `rngs={"privacy": key}`. Each layer folds its path
 in the model and the number of the call into the key, so that layers, repeated calls and other
-streams made from the same key never share noise.
+streams made from the same key never share noise. A key that is a constant of traced code (closed
+over by a jitted function, broadcast into a scan, in a branch of nn.cond) is refused: every run of
+that code would add the same noise. Nothing can tell that two calls of `apply` got one key: split.
 """
 
 from typing import Any
