@@ -90,8 +90,8 @@ def _clip(rows, bound):
 
 def _bolted_on(settings: Settings, causal: bool, query, key, value, data):
     bound = settings.value_bound
-    rows = (_clip(x, bound) for x in (query, key, value))
-    out = _cudnn(causal, *rows, data).astype(jnp.float32)
+    query, key, value = (_clip(rows, bound) for rows in (query, key, value))
+    out = _cudnn(causal, query, key, value, data).astype(jnp.float32)
     noise = jax.random.normal(jax.random.wrap_key_data(data[:2]), out.shape)
     return (out + settings.noise_multiplier * noise).astype(query.dtype)
 
