@@ -61,6 +61,7 @@ class Spec:
       noise_std: standard deviation of the noise of N, or of the answer.
       denominator_std: standard deviation of the noise of D; math.inf says that D is not released
         and the answer is N/floor.
+      on_grid: whether what carries noise is rounded to `doubleword.grid_step` of its std.
       floor: smallest denominator, > 0.
       ball: the answer is projected to this norm, or None.
       row_clip: the answer's rows are clipped to this norm before "rows" noise, or None.
@@ -75,6 +76,7 @@ class Spec:
     noise: str = "none"
     noise_std: float = 0.0
     denominator_std: float = 0.0
+    on_grid: bool = False
     floor: float = 1e-30
     ball: float | None = None
     row_clip: float | None = None

@@ -5,6 +5,7 @@ by record weights; the backend sums, adds noise and divides; everything after th
 post-processing. Everything that sets the noise is a Python number known before the data is touched.
 """
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -29,6 +30,7 @@ from dpfa_jax import (
     sensitivity,
 )
 from dpfa_jax._typing import Operands, Spec
+from dpfa_jax.doubleword import grid_step, to_grid
 
 BACKENDS = MappingProxyType({"triton": "dpfa_jax.pallas.triton", "xla": "dpfa_jax.reference"})
 """Modules that export forward, backward, rounding, column_squares and supports(operands, spec) ->
@@ -109,6 +111,19 @@ def _refuse_masks(mechanism, *, everything: bool, **given) -> None:
             f"{type(mechanism).__name__} does not take {what}, got {', '.join(named)}: its "
             "guarantee would not hold. Use IndependentNoise or ClippedContributions."
         )
+
+
+def _asked(operands: Operands, spec: Spec, mechanism: releases.Mechanism) -> tuple:
+    """Operands and spec as the backend will get them, as far as `supports` looks at them."""
+    match mechanism:
+        case releases.SoftmaxNoise():
+            bound = mechanism.score_bound
+            spec = dataclasses.replace(spec, score_cap=bound, score_low=-bound)
+        case releases.IndependentNoise() | releases.ClippedContributions():
+            spec = dataclasses.replace(spec, score_cap=mechanism.score_cap)
+        case releases.GaussianProcessNoise():
+            operands = operands._replace(query_reference=operands.query[..., 0])
+    return operands, spec
 
 
 def private_attention(
@@ -258,6 +273,7 @@ def private_attention(
         scale=scale,
         score_cap=None,
         is_causal=is_causal,
+        on_grid=True,
         window=window,
         precision=jax.lax.Precision.HIGHEST if precision is None else precision,
     )
@@ -283,7 +299,7 @@ def _bounded_values(operands: Operands, mechanism: Any) -> Operands:
 
 def _release(operands, spec, mechanism, call, backend) -> jax.Array:
     """The released answer in float32."""
-    name = _backend(backend, operands, spec)
+    name = _backend(backend, *_asked(operands, spec, mechanism))
     growth = 1 + _module(name).rounding(call.keys)
 
     def run(spec, operands, process=None) -> Any:
@@ -306,7 +322,8 @@ def _release(operands, spec, mechanism, call, backend) -> jax.Array:
             out = run(spec, operands._replace(noise_key=None))
             flat = clipping.clip_rows(out.reshape(call.batch, -1), mechanism.clip_norm)
             noise, _ = reference.noise_field(data, *out.shape)
-            return flat.reshape(out.shape) + noise_std * noise
+            noisy = flat.reshape(out.shape) + noise_std * noise
+            return to_grid(noisy, grid_step(noise_std))
         case releases.SoftmaxNoise():
             # No product of rows this short overflows: every pair has a score, and every row counts.
             operands = operands._replace(

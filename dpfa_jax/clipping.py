@@ -14,7 +14,14 @@ from dpfa_jax import _check
 
 
 def finite_rows(rows: jax.Array) -> jax.Array:
-    """Which rows (last axis) hold only finite numbers, as a boolean array without that axis."""
+    """Which rows hold only finite numbers.
+
+    Args:
+      rows: array of shape (..., d).
+
+    Returns:
+      Boolean array of shape (...).
+    """
     return jnp.all(jnp.isfinite(rows), axis=-1)
 
 
@@ -23,6 +30,13 @@ def stable_sum(array: jax.Array, axis: int = -1) -> jax.Array:
 
     Long axes are halved until 1024 terms are left, so that the error stays under (1024 + 22)·2⁻²⁴
     for up to 2³² terms, whatever order XLA sums the rest in.
+
+    Args:
+      array: non-negative floating-point array.
+      axis: which axis to sum.
+
+    Returns:
+      The array without that axis.
     """
     array = jnp.moveaxis(array, axis, -1)
     while array.shape[-1] > 1024:

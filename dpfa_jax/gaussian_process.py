@@ -19,7 +19,7 @@ from jax import lax
 
 from dpfa_jax import _primitives, clipping, random
 from dpfa_jax._typing import Operands
-from dpfa_jax.doubleword import add_word
+from dpfa_jax.doubleword import add_word, grid_step
 
 MAX_SQUARE = 1e4
 """Rows with γ‖row‖² beyond this are NULL (keys) or answered with NaN (queries): float64 would
@@ -171,6 +171,23 @@ def sums(
     return high + low
 
 
+def released(total: jax.Array, noise: jax.Array, process: Process) -> jax.Array:
+    """The sums (..., h+1) with their noise on the public grid, all float64.
+
+    Args:
+      total: the exact sums; the last column is the denominator.
+      noise: the process at the queries with standard deviation 1, a column for each.
+      process: the parameters. Without a denominator weight the last column becomes the floor.
+    """
+    weight = process.denominator_weight
+    columns = [process.noise_std] * (total.shape[-1] - 1)
+    spread = jnp.array([*columns, process.noise_std / weight if weight > 0 else 1.0], total.dtype)
+    steps = [grid_step(std) for std in columns]
+    step = jnp.array([*steps, grid_step(process.noise_std / (weight or 1.0))], total.dtype)
+    noisy = jnp.round((total + spread * noise) / step) * step
+    return noisy if weight > 0 else noisy.at[..., -1].set(process.floor)
+
+
 def _by_memory(array: jax.Array, kv_heads: int, memories: int) -> jax.Array:
     """(B, T, N, ...) to (memories, K, queries, ...)."""
     batch, length, heads, *rest = array.shape
@@ -234,12 +251,7 @@ def _wide_forward(operands: Operands, process: Process) -> tuple[jax.Array, jax.
         "...ij,...jc->...ic", lower, unit.astype(wide), precision=lax.Precision.HIGHEST
     )
     total = sums(query, key, value, log_weights, process, same)
-    spread = jnp.full(columns, process.noise_std, wide)
-    if process.denominator_weight > 0:
-        spread = spread.at[-1].divide(process.denominator_weight)
-    noisy = total + spread * noise
-    if process.denominator_weight == 0:
-        noisy = noisy.at[..., -1].set(process.floor)  # the denominator is not released
+    noisy = released(total, noise, process)
     good = usable & certified[..., None]
     noisy = jnp.where(good[..., None], noisy, jnp.nan)
     noisy = _by_query(noisy, shape).astype(jnp.float32)

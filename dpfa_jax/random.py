@@ -14,6 +14,9 @@ Addresses (the four counter words of a ChaCha block; RFC 8439, section 2.3):
 | 14 | batch | batch | 0 |
 | 15 | domain << 24 or-ed with head | the same | domain << 24 |
 
+Domains: 1 matrix noise, 2 row noise, 3 bits, 4 split, 5 fold_in, 6 seed, 7 expanded keys, 8 the
+history of a memory (memory/history.py).
+
 A matrix block therefore owns the columns 64c + 8j + 2t + {0, 1}, j = 0..7: word pair j gives the
 two normals of that column pair, which is what one thread of a tensor-core accumulator holds. A row
 block owns rows 16r + {0..15}: word pair j gives rows j and j + 8.
@@ -128,6 +131,13 @@ def normal_pair(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Arr
     smaller of u and 1 − u. Otherwise float32 rounds every u > 1 − 2⁻²⁵ to 1, and with probability
     2⁻²⁵ a pair gets no noise at all.
 
+    Args:
+      first: uint32 words.
+      second: uint32 words of the same shape.
+
+    Returns:
+      Two float32 arrays of that shape, within 2⁻¹⁸ of the radius of the real-valued map.
+
     Source: Box and Muller 1958.
     """
     upper = lax.shift_right_arithmetic(lax.bitcast_convert_type(first, jnp.int32), jnp.int32(31))
@@ -233,7 +243,15 @@ def _split(data: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def fold_in_data(data: jax.Array, message: Any) -> jax.Array:
-    """Key data derived from key data for one uint32 message (`fold_in` below the key type)."""
+    """Key data derived from key data for one uint32 message: `fold_in` below the key type.
+
+    Args:
+      data: uint32[..., 8].
+      message: uint32 scalar, or an array that broadcasts with the leading axes.
+
+    Returns:
+      uint32[..., 8].
+    """
     return _first_words(chacha_block(_key_words(data), _address(message, 0, 0, _FOLD)))
 
 
@@ -327,12 +345,18 @@ def wrap_key_data(data: jax.Array) -> jax.Array:
 
     Args:
       data: uint32[..., 8].
+
+    Returns:
+      Typed keys of the leading shape.
     """
     return jax.random.wrap_key_data(data, impl=IMPL)
 
 
 def secure_key() -> jax.Array:
     """A new key with 256 bits from the operating system's generator.
+
+    Returns:
+      One typed key of this library's implementation.
 
     Raises:
       RuntimeError: inside `jit` or another transformation, where the key would become a constant
@@ -354,6 +378,9 @@ def split(rng: Any, num: int | Sequence[int] = 2) -> jax.Array:
     Args:
       rng: one typed key.
       num: how many, or the shape of the array of keys.
+
+    Returns:
+      Typed keys of that shape.
     """
     shape = (num,) if isinstance(num, int) else tuple(num)
     return wrap_key_data(_split(key_data(rng), shape))
@@ -365,6 +392,9 @@ def fold_in(rng: Any, data: Any) -> jax.Array:
     Args:
       rng: one typed key.
       data: an integer scalar, taken modulo 2³²; may be traced.
+
+    Returns:
+      One typed key.
     """
     return wrap_key_data(fold_in_data(key_data(rng), _u32(data)))
 
@@ -375,6 +405,9 @@ def bits(rng: Any, shape: Sequence[int] = ()) -> jax.Array:
     Args:
       rng: one typed key; never one that also draws noise through another function's `rng`.
       shape: of the result.
+
+    Returns:
+      uint32 array of that shape.
     """
     return _random_bits(key_data(rng), 32, tuple(shape))
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from dpfa_jax import _primitives, clipping, random, sensitivity
 from dpfa_jax._typing import Operands, Spec
-from dpfa_jax.doubleword import add_word, round_after
+from dpfa_jax.doubleword import add_word, grid_step, round_after, to_grid
 
 TILE = 128
 """Keys in one tile."""
@@ -272,15 +272,21 @@ def forward(operands: Operands, spec: Spec) -> tuple[jax.Array, tuple]:
     matrix, row = noise_field(operands.noise_key, *high.shape)
     if spec.noise == "rows":
         residuals = (high + low, mass_high + mass_low)
-        return answer(spec, *residuals) + spec.noise_std * matrix, residuals
-    numerator = round_after(high, low, spec.noise_std * matrix)
+        return _released(spec, answer(spec, *residuals), spec.noise_std, matrix), residuals
+    numerator = _released(spec, high, spec.noise_std, matrix, low)
     released = spec.denominator_std != float("inf")
     denominator = (
-        round_after(mass_high, mass_low, spec.denominator_std * row)
+        _released(spec, mass_high, spec.denominator_std, row, mass_low)
         if released
         else jnp.zeros_like(mass_high)
     )
     return answer(spec, numerator, denominator), (numerator, denominator)
+
+
+def _released(spec, high, noise_std, unit, low=None):
+    noise = noise_std * unit
+    noisy = high + noise if low is None else round_after(high, low, noise)
+    return to_grid(noisy, grid_step(noise_std)) if spec.on_grid else noisy
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -6,103 +6,13 @@ call alone; `count` says how many queries a call is charged for.
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from dpfa_jax import _check, accounting, gaussian_process, sensitivity
 from dpfa_jax.adjacency import REPLACE_ONE, ZERO_OUT, Adjacency
 from dpfa_jax.arguments import Call as Call
-
-
-def _adjacency(value: Any, allowed: tuple[str, ...], name: str) -> None:
-    if not isinstance(value, Adjacency):
-        raise TypeError(
-            f"Expected adjacency to be one of dpfa_jax.ZERO_OUT, REPLACE_ONE, GROUP(rows), "
-            f"got {value!r}."
-        )
-    if value.kind not in allowed:
-        raise ValueError(f"Expected adjacency {' or '.join(allowed)} for {name}, got {value}.")
-
-
-class Mechanism:
-    """A way to release attention; one of the dataclasses below.
-
-    Every mechanism has `event(query_shape, key_shape, value_shape)` and `guarantee(...)`; its
-    repr is its guarantee without a call.
-    """
-
-    statement: ClassVar[str] = ""
-    protects: ClassVar[str] = ""
-    _positive: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self):
-        for name in self._positive:
-            value = getattr(self, name)
-            if name == "noise_multiplier" and isinstance(value, int | float) and value == 0:
-                raise ValueError(
-                    "Expected noise_multiplier > 0, got 0. Use NonPrivate() for an answer without "
-                    "noise: it says so in its event, which costs infinity."
-                )
-            checked = _check.real(name, value, low=0, open_low=True)
-            object.__setattr__(self, name, checked)
-        for name in ("score_cap", "floor", "denominator_weight"):
-            value = getattr(self, name, None)
-            if value is not None:
-                low = None if name == "score_cap" else 0
-                checked = _check.real(name, value, low=low, open_low=name == "floor")
-                object.__setattr__(self, name, checked)
-        if hasattr(self, "disjoint_batch"):
-            _check.flag("disjoint_batch", self.disjoint_batch)  # pyright: ignore
-
-    def event(self, query_shape: Any, key_shape: Any, value_shape: Any = None) -> accounting.Event:
-        """What one call with these shapes is charged as."""
-        return self._event(Call.of(query_shape, key_shape, value_shape))
-
-    def count(self, query_shape: Any, key_shape: Any, value_shape: Any = None) -> int:
-        """How many queries (over all kv heads) the charge of one record counts."""
-        call = Call.of(query_shape, key_shape, value_shape)
-        return call.reads(getattr(self, "disjoint_batch", False))
-
-    def guarantee(
-        self,
-        query_shape: Any = None,
-        key_shape: Any = None,
-        value_shape: Any = None,
-        *,
-        delta: float | None = None,
-        queries: str = "public",
-    ) -> str:
-        """The guarantee as sentences; with shapes it names the count, with delta also ε.
-
-        Args:
-          query_shape: (B, T, N, H), or None for the mechanism alone.
-          key_shape: (B or 1, S, K, H).
-          value_shape: (B or 1, S, K, h); by default the key's.
-          delta: δ ∈ (0, 1) at which ε is stated, or None.
-          queries: what the caller promised of the queries.
-        """
-        fields = ", ".join(
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in dataclasses.fields(self)  # pyright: ignore
-        )
-        sentence = f"{type(self).__name__}({fields}): {self.statement}"
-        if query_shape is None:
-            return f"{sentence} {self.protects}".strip()
-        call = Call.of(query_shape, key_shape, value_shape)
-        event = self._event(call)
-        counted = call.reads(getattr(self, "disjoint_batch", False))
-        sentence += f" This call counts {counted:,} queries ({queries} by the caller's promise)"
-        sentence += f" against {call.keys:,} records and is charged as: {event}."
-        if delta is not None:
-            epsilon = accounting.epsilon(event, delta)
-            sentence += f" Alone it is (ε = {epsilon:.4g}, δ = {delta:g})."
-        return f"{sentence} {self.protects}".strip()
-
-    def _event(self, call: Call) -> accounting.Event:
-        raise NotImplementedError
-
-    def __repr__(self):
-        return self.guarantee()
-
+from dpfa_jax.guarantee import Mechanism as Mechanism
+from dpfa_jax.guarantee import check_adjacency
 
 _MEMORY = (
     "Not protected: the queries, the number and positions of the records, gradients through the "
@@ -177,11 +87,18 @@ class IndependentNoise(_SumsMechanism):
 
     def __post_init__(self):
         super().__post_init__()
-        _adjacency(self.adjacency, ("ZERO_OUT", "REPLACE_ONE", "GROUP"), type(self).__name__)
+        check_adjacency(self.adjacency, ("ZERO_OUT", "REPLACE_ONE", "GROUP"), type(self).__name__)
         _check.real("score_cap", self.score_cap)
 
     def l2_sensitivity(self, call: Call) -> float:
-        """Δ of the exact sums, in the unit of the values. Equality."""
+        """Δ of the exact sums, in the unit of the values.
+
+        Args:
+          call: the shape of the call.
+
+        Returns:
+          Equality.
+        """
         return sensitivity.attention_sums(
             value_bound=self.value_bound,
             denominator_weight=self.weight(call),
@@ -229,16 +146,30 @@ class ClippedContributions(_SumsMechanism):
 
     def __post_init__(self):
         super().__post_init__()
-        _adjacency(self.adjacency, ("ZERO_OUT", "REPLACE_ONE", "GROUP"), type(self).__name__)
+        check_adjacency(self.adjacency, ("ZERO_OUT", "REPLACE_ONE", "GROUP"), type(self).__name__)
         _check.real("score_cap", self.score_cap)
 
     def row_clip_norm(self, call: Call) -> float:
-        """The norm to which one row of one memory is clipped."""
+        """The norm to which one row of one memory is clipped.
+
+        Args:
+          call: the shape of the call.
+
+        Returns:
+          In the unit of the values.
+        """
         shared = call.memories > 1 and not self.disjoint_batch
         return self.clip_norm / math.sqrt(call.memories) if shared else self.clip_norm
 
     def l2_sensitivity(self, call: Call) -> float:
-        """Δ of the exact sums, in the unit of the values. Equality."""
+        """Δ of the exact sums, in the unit of the values.
+
+        Args:
+          call: the shape of the call.
+
+        Returns:
+          Equality.
+        """
         return sensitivity.clipped_contributions(
             clip_norm=self.clip_norm,
             value_bound=self.value_bound,
@@ -295,7 +226,7 @@ class GaussianProcessNoise(Mechanism):
 
     def __post_init__(self):
         super().__post_init__()
-        _adjacency(self.adjacency, ("ZERO_OUT", "REPLACE_ONE", "GROUP"), type(self).__name__)
+        check_adjacency(self.adjacency, ("ZERO_OUT", "REPLACE_ONE", "GROUP"), type(self).__name__)
         if self.jitter is not None:
             jitter = _check.real("jitter", self.jitter, low=0, open_low=True)
             object.__setattr__(self, "jitter", jitter)
@@ -307,7 +238,14 @@ class GaussianProcessNoise(Mechanism):
         return accounting.Gaussian(self.noise_multiplier, call.coordinates(released))
 
     def processes(self, call: Call) -> int:
-        """Independent processes that one record may enter: kv heads times memories."""
+        """Independent processes that one record may enter: kv heads times memories.
+
+        Args:
+          call: the shape of the call.
+
+        Returns:
+          A count ≥ 1.
+        """
         memories = 1 if self.disjoint_batch else call.memories
         return call.kv_heads * memories
 
@@ -339,7 +277,19 @@ class GaussianProcessNoise(Mechanism):
         query_dim: int,
         weight: float,
     ) -> gaussian_process.Process:
-        """The numbers of a process that answers up to `queries` queries in all."""
+        """The numbers of a process that answers up to `queries` queries in all.
+
+        Args:
+          gamma: γ > 0, the factor of the scores.
+          queries: m, queries of one process, ≥ 1.
+          keys: S, rows of one memory.
+          processes: independent processes that one record may enter.
+          query_dim: H.
+          weight: c of the denominator column.
+
+        Returns:
+          The parameters, rounding charged to the noise.
+        """
         weight_error = gaussian_process.weight_error(query_dim)
         sum_error = sensitivity.summation_rounding(
             keys=max(keys, 1),
@@ -417,10 +367,20 @@ class SoftmaxNoise(Mechanism):
 
     def __post_init__(self):
         super().__post_init__()
-        _adjacency(self.adjacency, ("REPLACE_ONE",), type(self).__name__)
+        check_adjacency(self.adjacency, ("REPLACE_ONE",), type(self).__name__)
 
     def l2_sensitivity(self, call: Call) -> float:
-        """Δ of the exact answers, in the unit of the values. Equality for one query."""
+        """Δ of the exact answers, in the unit of the values.
+
+        Args:
+          call: the shape of the call.
+
+        Returns:
+          Equality for one query, upper bound for more.
+
+        Raises:
+          ValueError: for an empty memory.
+        """
         if call.keys < 1:
             raise ValueError("Expected at least one record for SoftmaxNoise, got an empty memory.")
         one = sensitivity.softmax_output(
@@ -469,7 +429,14 @@ class SequenceRelease(Mechanism):
         _check.choice("clip", self.clip, ("sequence", "row"))
 
     def l2_sensitivity(self, call: Call) -> float:
-        """Δ of the exact answer, in its unit. Equality."""
+        """Δ of the exact answer, in its unit.
+
+        Args:
+          call: the shape of the call.
+
+        Returns:
+          Equality.
+        """
         rows = call.queries * call.heads if self.clip == "row" else 1
         # One key batch of 1 feeds every batch element, so the batch is one input there.
         batches = 1 if self.disjoint_batch and call.memories == call.batch else call.batch

@@ -36,6 +36,7 @@ LAYERS = (
     "accounting gaussian_process",
     # layers 2 to 7
     "arguments",
+    "guarantee",
     "releases sampling",
     "reference",
     "attention",

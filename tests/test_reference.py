@@ -5,7 +5,7 @@ import pytest
 
 from dpfa_jax import reference
 from dpfa_jax._typing import Operands, Spec
-from dpfa_jax.doubleword import add_word, two_sum
+from dpfa_jax.doubleword import add_word, grid_step, to_grid, two_sum
 from tests import naive
 
 B, T, N, K, H, WIDTH = 2, 5, 4, 2, 8, 6
@@ -190,3 +190,29 @@ def test_noise_is_the_same_for_any_number_of_keys_and_head_groups():
     smaller, smaller_row = reference.noise_field(data, 1, 3, 2, 6)
     assert np.array_equal(matrix[:1, :3, :2], smaller)
     assert np.array_equal(row[:1, :3, :2], smaller_row)
+
+
+@pytest.mark.parametrize("std", [1e-6, 0.3, 1.0, 3.0, 1e7])
+def test_to_grid_gives_the_nearest_multiple_of_a_public_step(std):
+    step = grid_step(std)
+    assert step <= 2.0**-10 * std < 2 * step
+    values = np.float32(std) * np.random.default_rng(0).normal(size=10_000).astype(np.float32)
+    values = np.concatenate([values, [0.0, 0.5 * step, 1.5 * step, -2.5 * step]]).astype(np.float32)
+    steps = values.astype(np.float64) / step
+    want = np.sign(steps) * np.floor(np.abs(steps) + 0.5) * step
+    # Under jit too: a compiler that simplified (x + s) - s to x would undo the release's rounding.
+    for run in (to_grid, jax.jit(to_grid, static_argnums=1)):
+        assert np.array_equal(np.asarray(run(jnp.asarray(values), step), np.float64), want)
+
+
+@pytest.mark.parametrize("noise", ["sums", "rows"])
+def test_what_is_released_lies_on_the_public_grid(noise):
+    operands, spec, _ = _ours("tails")
+    operands = operands._replace(noise_key=jnp.arange(8, dtype=jnp.uint32))
+    changes = {"noise": noise, "noise_std": 0.7, "denominator_std": 1.3, "on_grid": True}
+    spec = Spec(**{**spec.__dict__, **changes, "ball": None, "row_clip": 1.0})
+    out, (numerator, denominator) = reference.forward(operands, spec)
+    pairs = [(numerator, 0.7), (denominator, 1.3)] if noise == "sums" else [(out, 0.7)]
+    for value, std in pairs:
+        steps = np.asarray(value, np.float64) / grid_step(std)
+        assert np.array_equal(steps, np.round(steps))

@@ -271,6 +271,7 @@ def _attend(state, query, finite, settings):
         scale=settings.scale,
         score_cap=mechanism.score_cap,
         noise="sums",
+        on_grid=True,
         noise_std=noise_std,
         denominator_std=noise_std / weight if weight > 0 else math.inf,
         floor=mechanism.smallest_denominator(call, noise_std),

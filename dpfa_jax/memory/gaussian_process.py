@@ -259,12 +259,7 @@ def _append(operands: tuple, process: gp.Process) -> tuple[jax.Array, ...]:
     value = jnp.swapaxes(state.private_value.astype(wide), 0, 1)
     log_weights = gp.log_record_weights(key, value, process)
     log_weights += jnp.swapaxes(state.private_log_weights.astype(wide), 0, 1)
-    spread = jnp.full(unit.shape[-1], process.noise_std, wide)
-    if process.denominator_weight > 0:
-        spread = spread.at[-1].divide(process.denominator_weight)
-    noisy = gp.sums(asked, key, value, log_weights, process) + spread * noise
-    if process.denominator_weight == 0:
-        noisy = noisy.at[..., -1].set(process.floor)  # the denominator is not released
+    noisy = gp.released(gp.sums(asked, key, value, log_weights, process), noise, process)
     noisy = jnp.where(usable[..., None], noisy, jnp.nan).astype(jnp.float32)
     return noisy, query, high, low, error.astype(jnp.float32), certified
 

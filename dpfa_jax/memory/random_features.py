@@ -31,7 +31,7 @@ from dpfa_jax import (
 from dpfa_jax._typing import Spec
 from dpfa_jax.accounting.event import Event
 from dpfa_jax.adjacency import ZERO_OUT, Adjacency
-from dpfa_jax.doubleword import add_word, round_after
+from dpfa_jax.doubleword import add_word, grid_step, round_after, to_grid
 from dpfa_jax.memory import rows
 
 _FORMAT = 1
@@ -426,7 +426,8 @@ def _release(key, value, log_weights, data, frequencies, settings):
     spread = np.full(columns, process.noise_std, np.float32)
     if process.denominator_weight > 0:
         spread[-1] = process.noise_std / process.denominator_weight
-    return round_after(high, low, spread * noise)
+    steps = np.array([grid_step(float(std)) for std in spread], np.float32)
+    return to_grid(round_after(high, low, spread * noise), steps)
 
 
 @functools.partial(jax.jit, static_argnames="settings")

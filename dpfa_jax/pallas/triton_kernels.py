@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from dpfa_jax._typing import Spec
-from dpfa_jax.doubleword import add_word, round_after
+from dpfa_jax.doubleword import add_word, grid_step, round_after, to_grid
 from dpfa_jax.pallas import blocks, tiling
 from dpfa_jax.pallas.tiling import Tile
 
@@ -302,10 +302,10 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
         )
 
     if spec.noise == "sums":
-        total = _noisy(total, low, spec.noise_std * unit_noise())
+        total = _noisy(spec, total, low, spec.noise_std, unit_noise())
         if released:
             row = blocks.row_noise(noise_key, batch, head, start, tile.block_q, plan.fast)
-            mass = _noisy(mass, mass_low, spec.denominator_std * row)
+            mass = _noisy(spec, mass, mass_low, spec.denominator_std, row)
     elif low is not None and mass_low is not None:
         total, mass = total + low, mass + mass_low
     if released:
@@ -323,7 +323,7 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
     if "clean" in refs:
         _store(refs["clean"], (slice(None), slice(None)), out, out_ok)
     if spec.noise == "rows":
-        out = out + spec.noise_std * unit_noise()
+        out = _noisy(spec, out, None, spec.noise_std, unit_noise())
     _store(refs["out"], (slice(None), slice(None)), out, out_ok)
     row_ok = None
     if tail is not None:
@@ -333,8 +333,10 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
             _store(refs[name], (slice(None),), row, row_ok)
 
 
-def _noisy(high, low, noise):
-    return high + noise if low is None else round_after(high, low, noise)
+def _noisy(spec, high, low, noise_std, unit):
+    noise = noise_std * unit
+    noisy = high + noise if low is None else round_after(high, low, noise)
+    return to_grid(noisy, grid_step(noise_std)) if spec.on_grid else noisy
 
 
 def _store(ref, index, value, allowed):
