@@ -190,6 +190,10 @@ def test_history_is_a_value_and_adds_up():
     assert empty.event == NoRelease()
     whole = Composed((Repeated(Gaussian(4.0), 10), Repeated(Laplace(9.0), 2)))
     assert two.event == whole
+    # The sum that was carried along is the sum of the entries.
+    assert ledger.History(two.entries).event == whole
+    assert ledger.History(two.entries) == two and hash(ledger.History(two.entries)) == hash(two)
+    assert one.event == Composed((Repeated(Gaussian(4.0), 8),))
     parts = two.by_label(1e-5)
     assert list(parts) == ["layer 0", "layer 1"]
     assert max(parts.values()) < two.epsilon(1e-5)

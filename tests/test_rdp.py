@@ -258,7 +258,9 @@ def test_curves_refuse_nan_and_negatives(bad):
             call()
 
 
-@pytest.mark.parametrize("orders", [[], [1.0], [0.5], [math.inf], [2.0, 1.0]])
+@pytest.mark.parametrize(
+    "orders", [[], [1.0], [0.5], [math.inf], [2.0, 1.0], [1e19], ["2"], [True]]
+)
 def test_check_orders_refuses_what_is_no_order(orders):
-    with pytest.raises(ValueError, match="order"):
+    with pytest.raises((TypeError, ValueError), match="order"):
         rdp.check_orders(orders)

@@ -13,7 +13,7 @@ _EPS = 2.0**-52
 
 
 def _check_curve(values: ArrayLike, orders: rdp.Curve) -> rdp.Curve:
-    curve = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    curve = rdp.real_array("rdp", values)
     if curve.shape != orders.shape:
         raise ValueError(f"Expected one rdp per order, got {curve.shape} for {orders.shape}.")
     bad = ~(curve >= 0.0)
@@ -75,11 +75,15 @@ def log_deltas(orders: ArrayLike, values: ArrayLike, epsilon: float) -> rdp.Curv
     curve = _check_curve(values, orders)
     if epsilon == math.inf:
         return np.where(curve == math.inf, 0.0, -math.inf)
-    logarithm = (orders - 1.0) * (curve - epsilon + np.log1p(-1.0 / orders)) - np.log(orders)
-    spread = (orders - 1.0) * (curve + epsilon + np.abs(np.log1p(-1.0 / orders))) + np.log(orders)
-    with np.errstate(divide="ignore"):
+    away = np.log1p(-1.0 / orders)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        logarithm = (orders - 1.0) * (curve - epsilon + away) - np.log(orders)
+        spread = (orders - 1.0) * (curve + epsilon + np.abs(away)) + np.log(orders)
+        logarithm = logarithm + 8.0 * _EPS * spread
         variation = 0.5 * np.log(-np.expm1(-curve)) + 8.0 * _EPS
-    return np.minimum(np.minimum(logarithm + 8.0 * _EPS * spread, variation), 0.0)
+    # Where sizes overflow the order says nothing: δ = 1.
+    logarithm = np.where(np.isnan(logarithm), 0.0, logarithm)
+    return np.minimum(np.minimum(logarithm, variation), 0.0)
 
 
 def _minimum(cost: Callable[[rdp.Curve], rdp.Curve]) -> float:

@@ -6,12 +6,14 @@ leaves a shorter valid chain: keep the last hash (`head`) elsewhere and give it 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpfa_jax import _check
@@ -63,6 +65,17 @@ class Entry:
             raise TypeError(f"Expected label to be a string, got {self.label!r}.")
 
 
+def _add(counts: dict[Event, int], entry: Entry) -> None:
+    for leaf, times in events_lib.leaves(entry.event).items():
+        counts[leaf] = counts.get(leaf, 0) + times * entry.count
+
+
+def _added(counts: Mapping[Event, int], entry: Entry) -> Mapping[Event, int]:
+    copy = dict(counts)
+    _add(copy, entry)
+    return types.MappingProxyType(copy)
+
+
 @dataclasses.dataclass(frozen=True)
 class History:
     """Releases of the same data in the order they happened: an immutable value.
@@ -92,16 +105,23 @@ class History:
         Returns:
           A new history; this one is unchanged.
         """
-        return History((*self.entries, Entry(event, count, label)))
+        entry = Entry(event, count, label)
+        longer = History((*self.entries, entry))
+        # What was added up for this history need not be added up again for the longer one.
+        longer.__dict__["_counts"] = _added(self._counts, entry)
+        return longer
+
+    @functools.cached_property
+    def _counts(self) -> Mapping[Event, int]:
+        counts: dict[Event, int] = {}
+        for entry in self.entries:
+            _add(counts, entry)
+        return types.MappingProxyType(counts)
 
     @property
     def event(self) -> Event:
         """Everything released, as one event."""
-        counts: dict[Event, int] = {}
-        for entry in self.entries:
-            for leaf, times in events_lib.leaves(entry.event).items():
-                counts[leaf] = counts.get(leaf, 0) + times * entry.count
-        parts = tuple(events_lib.Repeated(leaf, count) for leaf, count in counts.items())
+        parts = tuple(events_lib.Repeated(leaf, count) for leaf, count in self._counts.items())
         return events_lib.Composed(parts) if parts else events_lib.NoRelease()
 
     def epsilon(self, delta: float) -> float:

@@ -14,6 +14,9 @@ from dpfa_jax import _check
 
 Curve = NDArray[np.float64]
 
+LARGEST_ORDER = 1e18
+"""Orders beyond this are refused: their powers overflow, and 1 + 1/order is 1."""
+
 _TINY = 5e-324
 _UP = 1.0 + 2.0**-46
 
@@ -25,11 +28,32 @@ DEFAULT_ORDERS: Curve = np.concatenate(
 DEFAULT_ORDERS.setflags(write=False)
 
 
+def real_array(name: str, values: ArrayLike) -> Curve:
+    """The values as a float64 array with at least one axis.
+
+    Args:
+      name: the argument's name as the caller wrote it.
+      values: real numbers; no strings, bools or complex numbers.
+
+    Returns:
+      The same numbers.
+
+    Raises:
+      TypeError: for anything else.
+
+    Guarantee: R1 (rdp.md).
+    """
+    array = np.atleast_1d(np.asarray(values))
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"Expected {name} to be real numbers, got {values!r}.")
+    return array.astype(np.float64)
+
+
 def check_orders(orders: ArrayLike) -> Curve:
     """The orders as a float64 array with at least one axis.
 
     Args:
-      orders: > 1 and finite, at least one.
+      orders: > 1 and at most 1e18, at least one.
 
     Returns:
       The same numbers.
@@ -39,12 +63,12 @@ def check_orders(orders: ArrayLike) -> Curve:
 
     Guarantee: R1 (rdp.md).
     """
-    array = np.atleast_1d(np.asarray(orders, dtype=np.float64))
+    array = real_array("orders", orders)
     if array.size == 0:
         raise ValueError("Expected at least one order, got an empty array.")
-    bad = ~((array > 1.0) & np.isfinite(array))
+    bad = ~((array > 1.0) & (array <= LARGEST_ORDER))
     if bad.any():
-        raise ValueError(f"Expected finite orders > 1, got {array[bad][0]}.")
+        raise ValueError(f"Expected orders > 1 and <= {LARGEST_ORDER:g}, got {array[bad][0]}.")
     return array
 
 
@@ -66,7 +90,8 @@ def remainder(x: Any) -> Curve:
     for k in range(18, 2, -1):
         series = 1.0 + near / k * series
     with np.errstate(over="ignore"):
-        return np.where(small, 0.5 * near * near * series, np.expm1(x) - x)
+        far = np.expm1(np.minimum(x, 710.0)) - np.minimum(x, 710.0)
+    return np.where(small, 0.5 * near * near * series, far)
 
 
 def gaussian(noise_multiplier: float, orders: ArrayLike) -> Curve:
@@ -135,7 +160,8 @@ def zcdp(rho: float, orders: ArrayLike) -> Curve:
     Source: Bun and Steinke 2016, arXiv:1605.02065, Definition 1.1.
     """
     rho = _check.real("rho", rho, low=0, finite=False)
-    return check_orders(orders) * rho
+    with np.errstate(over="ignore"):
+        return check_orders(orders) * rho
 
 
 def laplace(noise_multiplier: float, orders: ArrayLike) -> Curve:
@@ -194,8 +220,8 @@ def randomized_response(epsilon: float, orders: ArrayLike) -> Curve:
     """
     epsilon = _check.real("epsilon", epsilon, low=0, finite=False)
     orders = check_orders(orders)
-    if epsilon == math.inf:
-        return np.full(orders.shape, math.inf)
+    if epsilon > 1e100:  # powers overflow; ε itself bounds every order
+        return np.full(orders.shape, epsilon)
     with np.errstate(over="ignore"):
         up = (orders - 1.0) * epsilon
         share = 1.0 / (1.0 + math.exp(-epsilon))
@@ -247,8 +273,8 @@ def bounded_range(bound: float, orders: ArrayLike) -> Curve:
     # αη²/8 holds at every range: the zCDP of a bounded range.
     quadratic = orders * (eta / 8.0 * eta) if eta < 1e150 else np.full(orders.shape, math.inf)
     quadratic = np.maximum(quadratic * _UP, min(_TINY, eta))
-    if eta == 0.0 or eta == math.inf:
-        return quadratic
+    if not 1e-100 < eta <= 1e100:
+        return np.minimum(quadratic, eta)
     log_a = eta + np.log(-np.expm1(-orders * eta))
     log_b = np.log(-np.expm1((1.0 - orders) * eta))
     turn = np.log1p(-1.0 / orders) + log_a - log_b
@@ -296,7 +322,7 @@ def skellam(
         return (alpha - 1.0) * (alpha * (l2 / variance * l2) / 2.0 + np.minimum(near, far))
 
     below, above = np.floor(orders), np.ceil(orders)
-    low, high = scaled(below), scaled(above)
     with np.errstate(over="ignore", invalid="ignore"):
+        low, high = scaled(below), scaled(above)
         total = low + (orders - below) * (high - low)
     return np.maximum(np.where(np.isnan(total), math.inf, total) / (orders - 1.0) * _UP, _TINY)

@@ -84,7 +84,8 @@ def _poisson_log_moments(rate: float, noise_multiplier: float, orders: np.ndarra
 
     # Near 1 the moment minus 1 is a sum of terms ≥ 0: (1+y)^α − 1 − αy, as E y = 0.
     with np.errstate(over="ignore", invalid="ignore"):
-        y = rate * np.expm1(w)
+        # e^w alone may overflow where q·e^w is small.
+        y = np.where(w < 30.0, rate * np.expm1(w), np.exp(np.minimum(log_rate + w, 700.0)) - rate)
         gap = _log1p_minus(y)
         power = order * np.where(w < 30.0, np.log1p(y), logarithm)
         stable = (rdp.remainder(power) + order * gap) * np.exp(-0.5 * u * u)
