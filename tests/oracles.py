@@ -135,19 +135,19 @@ def neighbours(
     return project
 
 
-def two_sum_f32(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Knuth's exact sum of two float32 arrays as a rounded sum and its error."""
+def two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Knuth's exact sum of two arrays of one float format as a rounded sum and its error."""
     total = a + b
     back = total - a
     return total, (a - (total - back)) + (b - back)
 
 
-def join_tiles_f32(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of float32 tiles (k, ...) in a double word: two_sum, add the low word, fast two_sum."""
+def join_tiles(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of tiles (k, ...) in a double word: two_sum, add the low word, fast two_sum."""
     high = np.zeros_like(tiles[0])
     low = np.zeros_like(tiles[0])
     for tile in tiles:
-        total, error = two_sum_f32(high, tile)
+        total, error = two_sum(high, tile)
         error = low + error
         high = total + error
         low = error - (high - total)

@@ -188,6 +188,15 @@ def test_discrete_gaussian_is_as_close_to_its_ideal_as_it_says(noise_std):
         assert far > (9.3 * noise_std + 4) * 2.0**-65
 
 
+def test_discrete_gaussian_compares_two_words_as_integers_do():
+    edges = [0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]
+    wide = [(high, low) for high in edges for low in edges]
+    pairs = [(*a, *b) for a in wide for b in wide]
+    columns = [jnp.array(np.array(column, np.uint32)) for column in zip(*pairs, strict=True)]
+    said = mechanisms._less((columns[0], columns[1]), (columns[2], columns[3]))
+    np.testing.assert_array_equal(said, [(a, b) < (c, d) for a, b, c, d in pairs])
+
+
 @pytest.mark.parametrize("noise_std", [0.4, 7.3])
 def test_discrete_gaussian_reads_its_table_as_integers_do(noise_std):
     value = jnp.arange(2000, dtype=jnp.int32)

@@ -13,7 +13,7 @@ RELATIONS = [ZERO_OUT, REPLACE_ONE, GROUP(3)]
 def sums_f32(rows, tile, order):
     """Tiled float32 sums of rows (n, d): each tile in the given order, tiles in a double word."""
     partial = np.stack([order(rows[start : start + tile]) for start in range(0, len(rows), tile)])
-    high, low = oracles.join_tiles_f32(partial)
+    high, low = oracles.join_tiles(partial)
     return high.astype(np.float64) + low.astype(np.float64)
 
 
@@ -88,7 +88,7 @@ def test_summation_rounding_joins_tiles_with_two_roundoffs_squared_per_step():
     low = (np.spacing(high) * rng.uniform(-0.5, 0.5, count)).astype(np.float32)
     high, low = high + low, low - ((high + low) - high)  # normalised
     word = (rng.uniform(0.25, 2, count) * rng.choice([-1, 1], count)).astype(np.float32)
-    total, error = oracles.two_sum_f32(high, word)
+    total, error = oracles.two_sum(high, word)
     error = low + error
     new_high = total + error
     new_low = error - (new_high - total)
@@ -96,6 +96,26 @@ def test_summation_rounding_joins_tiles_with_two_roundoffs_squared_per_step():
     exact = pieces[0] + pieces[1] + pieces[2]
     relative = np.abs((pieces[3] + pieces[4] - exact) / exact) / 2.0**-48
     assert 0.9 < relative.max() <= 2
+
+
+def test_summation_rounding_needs_its_term_for_joining_tiles():
+    # float16 words, tiles of one key: no tile errs, so what is left is the joining, which grows
+    # with the number of tiles until it exceeds all that is charged for tiles.
+    rng = np.random.default_rng(2)
+    keys, unit_roundoff = 4000, 2.0**-11
+    bound = sensitivity.summation_rounding(keys=keys, tile=1, unit_roundoff=unit_roundoff)
+    for_tiles = sensitivity.summation_rounding(keys=1, tile=1, unit_roundoff=unit_roundoff)
+    worst = 0.0
+    for _ in range(5):
+        rows = rng.uniform(0, 1, size=(keys, 8)).astype(np.float16)
+        neighbour = rows.copy()
+        neighbour[0] = 0
+        sums = [
+            sum(word.astype(np.float64) for word in oracles.join_tiles(side))
+            for side in (rows, neighbour)
+        ]
+        worst = max(worst, float(np.abs(sums[0] - sums[1] - rows[0]).max()))
+    assert 2 * for_tiles < worst <= bound
 
 
 def test_summation_rounding_catches_a_plain_running_sum():
@@ -113,13 +133,13 @@ def test_summation_rounding_catches_a_plain_running_sum():
         return abs(add(partial[0]) - add(partial[1]) - exact)
 
     def double_word(tiles):
-        high, low = oracles.join_tiles_f32(tiles)
+        high, low = oracles.join_tiles(tiles)
         return float(high) + float(low)
 
     assert moved(double_word) <= bound
     assert moved(lambda tiles: float(np.cumsum(tiles, dtype=np.float32)[-1])) > bound
     # One word before the noise is a term of its own.
-    rounded = moved(lambda tiles: float(oracles.join_tiles_f32(tiles)[0]))
+    rounded = moved(lambda tiles: float(oracles.join_tiles(tiles)[0]))
     assert rounded <= sensitivity.summation_rounding(keys=keys, tile=tile, one_word=True)
 
 
