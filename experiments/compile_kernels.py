@@ -1,0 +1,156 @@
+"""Do the kernels compile for an H200 without spilling registers, on a machine with no GPU?
+
+    make aot
+
+Runs in an environment of its own with CUDA's compiler and JAX's CUDA plugin, but no driver. Each
+program is compiled to machine code; ptxas reports registers and spills, and more spilled bytes than
+`ALLOWED` says is a failure.
+"""
+
+import os
+import pathlib
+import re
+import stat
+import sys
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from dpfa_jax._typing import Operands, Spec
+from dpfa_jax.pallas import triton
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 150754820096
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+# name: (length, heads, kv heads, width, dtype, changes to the spec)
+NOISY = {"score_cap": 4.0, "noise": "sums", "noise_std": 1.0, "denominator_std": 1.0, "ball": 1.0}
+PROGRAMS = {
+    "D64": (2048, 2, 2, 64, "bfloat16", NOISY),
+    "D64 causal": (2048, 2, 2, 64, "bfloat16", {**NOISY, "is_causal": True}),
+    "D64 long": (8192, 2, 2, 64, "bfloat16", NOISY),
+    "D80": (256, 2, 2, 80, "bfloat16", NOISY),
+    "D128": (2048, 2, 2, 128, "bfloat16", NOISY),
+    "D128 causal": (2048, 2, 2, 128, "bfloat16", {**NOISY, "is_causal": True}),
+    "D128 long": (8192, 4, 1, 128, "bfloat16", NOISY),
+    "D128 plain": (2048, 2, 2, 128, "bfloat16", {}),
+    "D128 float16": (2048, 2, 2, 128, "float16", NOISY),
+    "D64 float32": (2048, 2, 2, 64, "float32", NOISY),
+}
+
+# (program, kernel): bytes that may be spilled; what is not here may spill nothing.
+ALLOWED: dict[tuple[str, str], int] = {
+    ("D80", "dpfa_key_gradient_kernel"): 28,
+    ("D128", "dpfa_key_gradient_kernel"): 28,
+    ("D128 causal", "dpfa_key_gradient_kernel"): 76,
+    ("D128 long", "dpfa_forward_kernel"): 328,
+    ("D128 long", "dpfa_key_gradient_kernel"): 44,
+    ("D128 float16", "dpfa_key_gradient_kernel"): 28,
+    ("D64 float32", "dpfa_forward_kernel"): 4,
+}
+
+_WRAPPER = """#!/bin/sh
+# Keeps the report of every call beside passing it on.
+case "$*" in *--version*) exec "$0.real" "$@";; esac
+"$0.real" "$@" -v > "{folder}/report.$$" 2>&1; code=$?
+cat "{folder}/report.$$" >&2
+exit $code
+"""
+
+
+def _keep_reports(folder: str) -> None:
+    """Puts a script before this environment's own ptxas that writes down what it says."""
+    tools = [pathlib.Path(path) / "nvidia" for path in sys.path]
+    found = [ptxas for tool in tools for ptxas in tool.glob("*/bin/ptxas")]
+    if not found:
+        sys.exit("No ptxas in this environment. Run `make aot`, which installs it.")
+    ptxas = found[0]
+    real = ptxas.with_name("ptxas.real")
+    if not real.exists():
+        ptxas.rename(real)
+    ptxas.write_text(_WRAPPER.format(folder=folder))
+    ptxas.chmod(ptxas.stat().st_mode | stat.S_IXUSR)
+
+
+def _programs(case):
+    length, heads, kv_heads, width, dtype, changes = case
+    spec = Spec(**{"scale": width**-0.5, "score_cap": None, **changes})
+    query = jax.ShapeDtypeStruct((1, length, heads, width), dtype)
+    key = jax.ShapeDtypeStruct((1, length, kv_heads, width), dtype)
+    weights = jax.ShapeDtypeStruct((1, length, kv_heads), jnp.float32)
+    data = jax.ShapeDtypeStruct((8,), jnp.uint32)
+
+    def both(query, key, value, weights, data, cotangent):
+        operands = Operands(query, key, value, weights, noise_key=data)
+        out, residuals = triton.forward(operands, spec)
+        columns = None if spec.score_cap is None else triton.column_squares(operands, spec)
+        return out, triton.backward(operands, spec, residuals, cotangent)[:4], columns
+
+    return both, (query, key, key, weights, data, query)
+
+
+def _reports(folder: str) -> dict[str, tuple[int, int]]:
+    """Kernel: (registers, spilled bytes), from the reports written since the last call."""
+    found = {}
+    for path in pathlib.Path(folder).iterdir():
+        text = path.read_text()
+        path.unlink()
+        for block in text.split("Compiling entry function '")[1:]:
+            registers = re.search(r"Used (\d+) registers", block)
+            spilled = re.search(r"(\d+) bytes spill stores", block)
+            if registers and spilled:
+                found[block.split("'")[0]] = (int(registers[1]), int(spilled[1]))
+    return found
+
+
+def main() -> None:
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    failed = []
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        _keep_reports(folder)
+        for name, case in PROGRAMS.items():
+            fun, specs = _programs(case)
+            specs = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for s in specs]
+            jax.jit(fun, out_shardings=place).lower(*specs).compile()
+            kernels = {k: v for k, v in _reports(folder).items() if k.startswith("dpfa_")}
+            if not kernels:
+                failed.append(f"{name}: no report of any kernel")
+            for kernel, (registers, spilled) in sorted(kernels.items()):
+                print(f"{name:14} {kernel:28} {registers} registers, {spilled} bytes spilled")
+                if spilled > ALLOWED.get((name, kernel), 0):
+                    failed.append(f"{name}: {kernel} spills {spilled} bytes")
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()
