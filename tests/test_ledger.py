@@ -1,6 +1,7 @@
 """The ledger file: every tampering shows, every event survives, nothing is lost."""
 
 import concurrent.futures
+import fcntl
 import json
 import math
 
@@ -156,6 +157,17 @@ def test_verify_refuses_a_name_that_occurs_twice(path):
 def test_from_json_refuses_what_is_no_event(written):
     with pytest.raises((ValueError, TypeError)):
         ledger.from_json(written)
+
+
+def test_append_waits_for_whoever_holds_the_lock(path):
+    with open(path, "a") as holder, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        waiting = pool.submit(ledger.append, path, Laplace(1.0))
+        with pytest.raises(concurrent.futures.TimeoutError):
+            waiting.result(timeout=0.5)
+        assert len(ledger.verify(path).history.entries) == 3
+        fcntl.flock(holder, fcntl.LOCK_UN)
+        assert len(waiting.result(timeout=60).history.entries) == 4
 
 
 def _append_some(path, index):

@@ -168,6 +168,11 @@ def test_skellam_bounds_the_exact_sum(variance):
                 exact = mpmath.log(moment) / (order - 1)
                 bound = rdp.skellam(math.sqrt(variance), shift, shift, float(order))[0]
                 assert exact <= bound
+    # The theorem's two forms of the excess: 3Δ₁/(2v) for narrow noise, the other for wide.
+    narrow = 8 * 4 / (2 * 0.5) + 3 * 3 / (2 * 0.5)
+    assert abs(rdp.skellam(math.sqrt(0.5), 3.0, 2.0, 8.0)[0] / narrow - 1) <= 1e-12
+    broad = 8 * 4 / (2 * 100) + (15 * 4 + 6 * 3) / (4 * 100**2)
+    assert abs(rdp.skellam(10.0, 3.0, 2.0, 8.0)[0] / broad - 1) <= 1e-12
     wide = rdp.skellam(1e3, 1.0, 1.0, 2.0)[0]
     assert abs(wide / rdp.gaussian(1e3, 2.0)[0] - 1) <= 1e-5
 

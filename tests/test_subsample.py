@@ -25,9 +25,9 @@ def poisson_by_binomial_sum(rate, noise_multiplier, order) -> mpmath.mpf:
         return mpmath.log(mpmath.fsum(terms)) / (order - 1)
 
 
-def poisson_by_quadrature(rate, noise_multiplier, order) -> mpmath.mpf:
+def poisson_by_quadrature(rate, noise_multiplier, order, digits=40) -> mpmath.mpf:
     """The defining integral minus 1, minus its vanishing linear term, over every place it peaks."""
-    with mpmath.workdps(40):
+    with mpmath.workdps(digits):
         q, mu, a = mpmath.mpf(rate), 1 / mpmath.mpf(noise_multiplier), mpmath.mpf(order)
 
         def integrand(u):
@@ -65,6 +65,13 @@ def test_poisson_gaussian_equals_quadrature_at_real_orders(rate, noise_multiplie
     exact = poisson_by_quadrature(rate, noise_multiplier, order)
     found = subsample.poisson_gaussian(noise_multiplier, rate, order)[0]
     assert exact <= found <= exact * (1 + mpmath.mpf(2e-11))
+
+
+def test_poisson_gaussian_finds_the_peak_of_tiny_rates():
+    # Here the integrand peaks near u = 2/z, between the order times 1/z and the turn.
+    exact = poisson_by_quadrature(1e-150, 1 / 14, 1.001, digits=340)
+    found = subsample.poisson_gaussian(1 / 14, 1e-150, 1.001)[0]
+    assert exact <= found <= exact * (1 + mpmath.mpf(2e-10))
 
 
 @pytest.mark.slow
