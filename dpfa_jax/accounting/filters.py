@@ -19,7 +19,7 @@ _UP = 1.0 + 2.0**-50
 class BudgetExceeded(Exception):
     """A release would cost more than is left.
 
-    Guarantee: F1 (filters.md).
+    Guarantee: FI1 (filters.md).
     """
 
 
@@ -38,7 +38,7 @@ class Filter:
       released: of the coordinates.
       adjacency: what the sampled releases so far need, "" if there were none.
 
-    Guarantee: F1 (filters.md).
+    Guarantee: FI1 (filters.md).
     """
 
     currency: str
@@ -71,7 +71,7 @@ class Filter:
           NotImplementedError: for noise that ends inside a random sample, truncated or of fixed
             size: a filter pays for noise that ends only where no sampling hides it.
 
-        Guarantee: F1 (filters.md).
+        Guarantee: FI1 (filters.md).
         """
         for leaf in events_lib.leaves(event):
             sampled = isinstance(leaf, events_lib.PoissonSampled) and leaf.event.coordinates
@@ -104,7 +104,7 @@ class Filter:
         Raises:
           ValueError: if it needs another adjacency than what was released before.
 
-        Guarantee: F1 (filters.md).
+        Guarantee: FI1 (filters.md).
         """
         return self._after(event, count) is None
 
@@ -131,7 +131,7 @@ class Filter:
         Raises:
           BudgetExceeded: if it does not fit; nothing is spent then.
 
-        Guarantee: F1 (filters.md).
+        Guarantee: FI1 (filters.md).
         """
         after = self._after(event, count)
         if after is None:
@@ -156,7 +156,7 @@ class Filter:
         Returns:
           The largest count that `would_exceed` lets pass, at most 2⁵³.
 
-        Guarantee: F1 (filters.md).
+        Guarantee: FI1 (filters.md).
         """
         low, high = 0, 1
         while high <= 1 << 53 and not self.would_exceed(event, high):
@@ -178,7 +178,7 @@ class Filter:
         Returns:
           Upper bound at the *budget*: what was spent on the way is no guarantee by itself.
 
-        Guarantee: F1 (filters.md).
+        Guarantee: FI1 (filters.md).
         """
         tolerance = _check.real("delta", delta, low=0, high=1, open_high=True)
         if self.coordinates:
@@ -239,7 +239,7 @@ def for_gdp(*, epsilon: float, delta: float, coordinates: int = 0) -> Filter:
     Raises:
       ValueError: for NaN, a bad target, or one that the cut-off alone spends.
 
-    Guarantee: F1 (filters.md).
+    Guarantee: FI1 (filters.md).
     Source: Smith and Thakurta 2022, arXiv:2210.17520; Koskela et al. 2022, arXiv:2209.15596.
 
     Example:
@@ -264,7 +264,7 @@ def for_zcdp(*, epsilon: float, delta: float, coordinates: int = 0) -> Filter:
     Raises:
       ValueError: for NaN, a bad target, or one that the cut-off alone spends.
 
-    Guarantee: F1 (filters.md).
+    Guarantee: FI1 (filters.md).
     Source: Feldman and Zrnic 2021, arXiv:2008.11193, Theorem 4.4 (all orders at once).
     """
     return _for_target(Filter("zcdp", 0.0, coordinates=coordinates), epsilon, delta)
@@ -285,7 +285,7 @@ def for_renyi(*, order: float, epsilon: float, delta: float, coordinates: int = 
     Raises:
       ValueError: for NaN, a bad target, or one that the order or the cut-off cannot meet.
 
-    Guarantee: F1 (filters.md).
+    Guarantee: FI1 (filters.md).
     Source: Feldman and Zrnic 2021, arXiv:2008.11193, Theorem 4.3.
     """
     start = Filter("rdp", 0.0, order=float(rdp.check_orders(order)[0]), coordinates=coordinates)

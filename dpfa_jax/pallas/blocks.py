@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from dpfa_jax import random
+from dpfa_jax.doubleword import grid_step, round_after, to_grid
 
 LOG2_E = math.log2(math.e)
 LOWEST = -3e38
@@ -210,3 +211,15 @@ def sweep(runs, step, carry):
 
         carry = lax.fori_loop(jnp.int32(first), jnp.int32(end), body, carry)
     return carry
+
+
+def store(ref, index, value, allowed):
+    """Write where allowed, in the dtype of the output."""
+    plgpu.store(ref.at[index], value.astype(ref.dtype), mask=allowed)
+
+
+def noisy(spec, high, low, noise_std, unit):
+    """One word or a double word plus noise, on the public grid where the call asks for it."""
+    noise = noise_std * unit
+    noisy = high + noise if low is None else round_after(high, low, noise)
+    return to_grid(noisy, grid_step(noise_std)) if spec.on_grid else noisy

@@ -187,6 +187,9 @@ def rounding(keys: int) -> float:
     Args:
       keys: rows of one memory.
 
+    Returns:
+      R such that noise for (1+R)Δ covers the computed sums. Upper bound.
+
     Guarantee: F3 (tiling.md).
     """
     weights = (1 + WEIGHT_ROUNDOFF) * (1 + WEIGHT_ERROR)

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from dpfa_jax._typing import Spec
-from dpfa_jax.doubleword import add_word, grid_step, round_after, to_grid
+from dpfa_jax.doubleword import add_word
 from dpfa_jax.pallas import blocks, tiling
 from dpfa_jax.pallas.tiling import Tile
 
@@ -302,10 +302,10 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
         )
 
     if spec.noise == "sums":
-        total = _noisy(spec, total, low, spec.noise_std, unit_noise())
+        total = blocks.noisy(spec, total, low, spec.noise_std, unit_noise())
         if released:
             row = blocks.row_noise(noise_key, batch, head, start, tile.block_q, plan.fast)
-            mass = _noisy(spec, mass, mass_low, spec.denominator_std, row)
+            mass = blocks.noisy(spec, mass, mass_low, spec.denominator_std, row)
     elif low is not None and mass_low is not None:
         total, mass = total + low, mass + mass_low
     if released:
@@ -321,26 +321,15 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
     out, factor = _bounded(ratio, bound)
     out_ok = blocks.inside(tile.block_q, start, tail, value_pad, plan.value_width)
     if "clean" in refs:
-        _store(refs["clean"], (slice(None), slice(None)), out, out_ok)
+        blocks.store(refs["clean"], (slice(None), slice(None)), out, out_ok)
     if spec.noise == "rows":
-        out = _noisy(spec, out, None, spec.noise_std, unit_noise())
-    _store(refs["out"], (slice(None), slice(None)), out, out_ok)
-    row_ok = None
-    if tail is not None:
-        row_ok = (start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)) < tail
+        out = blocks.noisy(spec, out, None, spec.noise_std, unit_noise())
+    blocks.store(refs["out"], (slice(None), slice(None)), out, out_ok)
+    rows = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
+    row_ok = None if tail is None else rows < tail
     for name, row in (("mass", mass), ("factor", factor), ("best", best)):
         if name in refs:
-            _store(refs[name], (slice(None),), row, row_ok)
-
-
-def _noisy(spec, high, low, noise_std, unit):
-    noise = noise_std * unit
-    noisy = high + noise if low is None else round_after(high, low, noise)
-    return to_grid(noisy, grid_step(noise_std)) if spec.on_grid else noisy
-
-
-def _store(ref, index, value, allowed):
-    plgpu.store(ref.at[index], value.astype(ref.dtype), mask=allowed)
+            blocks.store(refs[name], (slice(None),), row, row_ok)
 
 
 def _pair_weights(plan: Plan, score, bias, best, allowed):
@@ -370,9 +359,8 @@ def query_gradient_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
     out_ok = blocks.inside(tile.block_q, start, tail, value_pad, plan.value_width)
     query = blocks.load(refs["query"], everything, query_ok)
     cotangent = blocks.load(refs["cotangent"], everything, out_ok)
-    row_ok = None
-    if tail is not None:
-        row_ok = (start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)) < tail
+    rows = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
+    row_ok = None if tail is None else rows < tail
     inverse = blocks.load(refs["inverse"], (slice(None),), row_ok)
     delta = blocks.load(refs["delta"], (slice(None),), row_ok)
     best = None
@@ -399,7 +387,7 @@ def query_gradient_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
         return total + blocks.dot(blocks.narrow(d_score, plan.dtype, plan.fast), key)
 
     total = blocks.sweep(runs, step, jnp.zeros((tile.block_q, key_pad), jnp.float32))
-    _store(refs["d_query"], everything, total * plan.spec.scale, query_ok)
+    blocks.store(refs["d_query"], everything, total * plan.spec.scale, query_ok)
 
 
 def _key_block(plan: Plan, place, refs):
@@ -423,9 +411,8 @@ def _query_tile(plan: Plan, refs, tile_index, member, masked):
     tail = plan.queries if masked and plan.queries % tile.block_q else None
     width = tiling.padded(plan.key_width)
     query_ok = blocks.inside(tile.block_q, start, tail, width, plan.key_width)
-    row_ok = None
-    if tail is not None:
-        row_ok = (start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)) < tail
+    rows = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
+    row_ok = None if tail is None else rows < tail
     query = blocks.load(refs["query"], (rows, member, slice(None)), query_ok)
     return start, rows, tail, row_ok, query
 
@@ -477,9 +464,9 @@ def key_gradient_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
         return blocks.sweep(runs, one, carry)
 
     d_key, d_value, d_bias = lax.fori_loop(jnp.int32(0), jnp.int32(plan.group), member_step, zero)
-    _store(refs["d_key"], (slice(None), slice(None)), d_key * plan.spec.scale, key_ok)
-    _store(refs["d_value"], (slice(None), slice(None)), d_value, value_ok)
-    _store(refs["d_bias"], (slice(None),), d_bias, None)
+    blocks.store(refs["d_key"], (slice(None), slice(None)), d_key * plan.spec.scale, key_ok)
+    blocks.store(refs["d_value"], (slice(None), slice(None)), d_value, value_ok)
+    blocks.store(refs["d_bias"], (slice(None),), d_bias, None)
 
 
 def column_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
@@ -508,4 +495,4 @@ def column_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
 
     zero = jnp.zeros((tile.block_k,), jnp.float32)
     total = lax.fori_loop(jnp.int32(0), jnp.int32(plan.group), member_step, zero)
-    _store(refs["squares"], (slice(None),), total, None)
+    blocks.store(refs["squares"], (slice(None),), total, None)
