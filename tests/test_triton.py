@@ -14,7 +14,7 @@ from tests.pallas import suite
 
 TILE = tiling.Tile(32, 32, 4, 2)
 
-# 13 of these FAIL at this commit (NotImplementedError in the interpreter's load): see the CHANGELOG.
+# 13 of these FAIL at this commit (NotImplementedError in the interpreter): see CHANGELOG.
 pytestmark = pytest.mark.slow
 
 
