@@ -14,9 +14,6 @@ from tests.pallas import suite
 
 TILE = tiling.Tile(32, 32, 4, 2)
 
-# 13 of these FAIL at this commit (NotImplementedError in the interpreter): see CHANGELOG.
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("name", suite.VARIANTS)
 def test_kernels_equal_the_definition(name):

@@ -325,8 +325,8 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
     if spec.noise == "rows":
         out = blocks.noisy(spec, out, None, spec.noise_std, unit_noise())
     blocks.store(refs["out"], (slice(None), slice(None)), out, out_ok)
-    rows = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
-    row_ok = None if tail is None else rows < tail
+    queries = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
+    row_ok = None if tail is None else queries < tail
     for name, row in (("mass", mass), ("factor", factor), ("best", best)):
         if name in refs:
             blocks.store(refs[name], (slice(None),), row, row_ok)
@@ -359,8 +359,8 @@ def query_gradient_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
     out_ok = blocks.inside(tile.block_q, start, tail, value_pad, plan.value_width)
     query = blocks.load(refs["query"], everything, query_ok)
     cotangent = blocks.load(refs["cotangent"], everything, out_ok)
-    rows = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
-    row_ok = None if tail is None else rows < tail
+    queries = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
+    row_ok = None if tail is None else queries < tail
     inverse = blocks.load(refs["inverse"], (slice(None),), row_ok)
     delta = blocks.load(refs["delta"], (slice(None),), row_ok)
     best = None
@@ -411,8 +411,9 @@ def _query_tile(plan: Plan, refs, tile_index, member, masked):
     tail = plan.queries if masked and plan.queries % tile.block_q else None
     width = tiling.padded(plan.key_width)
     query_ok = blocks.inside(tile.block_q, start, tail, width, plan.key_width)
-    rows = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
-    row_ok = None if tail is None else rows < tail
+    row_ok = None
+    if tail is not None:
+        row_ok = (start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)) < tail
     query = blocks.load(refs["query"], (rows, member, slice(None)), query_ok)
     return start, rows, tail, row_ok, query
 
