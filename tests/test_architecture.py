@@ -25,9 +25,9 @@ LAYERS = (
     "adjacency random",
     "_primitives doubleword",
     # layer 1, its packages from the inside out
-    "sensitivity mechanisms clipping auditing.bounds auditing.attacks"
+    "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.certificate"
     " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks",
-    "accounting.convert accounting.subsample auditing"
+    "accounting.convert accounting.subsample auditing clipping"
     " pallas.triton_kernels pallas.mosaic_gpu_kernels",
     "accounting.charge accounting.allocate pallas.triton pallas.mosaic_gpu",
     "accounting.state accounting.trace accounting.calibrate accounting.filters"

@@ -1,8 +1,7 @@
-"""The only code that bounds a norm.
+"""Rows with a bounded norm.
 
-A bound that holds by arithmetic, not by trust, is what every sensitivity rests on. Norms are taken
-in float32 through their logarithm, so that no finite row overflows, and a row with a NaN or an
-infinity is NULL: weight 0, and still there.
+Norms are taken in float32 through their logarithm, so that no finite row overflows, and a row with
+a NaN or an infinity is NULL: weight 0, and still there.
 """
 
 import math

@@ -1,0 +1,10 @@
+"""The only code that bounds a norm: of rows, of per-example gradients, and who vouches for it."""
+
+from dpfa_jax.clipping.certificate import Clipped as Clipped
+from dpfa_jax.clipping.certificate import Group as Group
+from dpfa_jax.clipping.certificate import joint_clip_norm as joint_clip_norm
+from dpfa_jax.clipping.rows import clip_rows as clip_rows
+from dpfa_jax.clipping.rows import finite_rows as finite_rows
+from dpfa_jax.clipping.rows import log_row_norms as log_row_norms
+from dpfa_jax.clipping.rows import log_row_weights as log_row_weights
+from dpfa_jax.clipping.rows import stable_sum as stable_sum
