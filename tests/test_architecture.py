@@ -29,8 +29,8 @@ LAYERS = (
     " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks",
     "accounting.convert accounting.subsample auditing clipping"
     " pallas.triton_kernels pallas.mosaic_gpu_kernels",
-    "accounting.charge accounting.allocate pallas.triton pallas.mosaic_gpu",
-    "accounting.state accounting.trace accounting.calibrate accounting.filters"
+    "accounting.charge accounting.allocate accounting.upward pallas.triton pallas.mosaic_gpu",
+    "accounting.state accounting.trace accounting.traced accounting.calibrate accounting.filters"
     " accounting.ledger accounting.pld accounting.attacker pallas",
     "accounting.report",
     "accounting gaussian_process",
@@ -50,7 +50,10 @@ LAYERS = (
 )
 HOST_ONLY = ("sensitivity", "accounting", "auditing")
 _BRINGS_JAX = {"jax", "jaxlib", "flax", "optax", "chex"}
-HOST_ONLY_BUT = ("accounting.state", "accounting.trace")
+HOST_ONLY_BUT = (
+    *("accounting.state", "accounting.trace"),
+    *("accounting.traced", "accounting.upward"),
+)
 AUDITED_BY = ("_check", "_typing", "auditing")
 LONGEST = 500
 # Where `scale`, even as a field, is that of jax.nn.dot_product_attention.

@@ -33,3 +33,4 @@ from dpfa_jax.accounting.event import TruncatedPoissonSampled as TruncatedPoisso
 from dpfa_jax.accounting.report import report as report
 from dpfa_jax.accounting.state import Ledger as Ledger
 from dpfa_jax.accounting.trace import events as events
+from dpfa_jax.accounting.traced import TracedLedger as TracedLedger
