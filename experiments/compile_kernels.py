@@ -76,11 +76,13 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D64 float32", "dpfa_forward_kernel"): 4,
 }
 
-_WRAPPER = """#!/bin/sh
-# Keeps the report of every call beside passing it on.
+_REPORTS = "PTXAS_REPORTS"
+_WRAPPER = f"""#!/bin/sh
+# Keeps the report of every call, in the folder that the caller names, beside passing it on.
+if [ -z "${_REPORTS}" ]; then exec "$0.real" "$@"; fi
 case "$*" in *--version*) exec "$0.real" "$@";; esac
-"$0.real" "$@" -v > "{folder}/report.$$" 2>&1; code=$?
-cat "{folder}/report.$$" >&2
+"$0.real" "$@" -v > "${_REPORTS}/report.$$" 2>&1; code=$?
+cat "${_REPORTS}/report.$$" >&2
 exit $code
 """
 
@@ -95,7 +97,8 @@ def _keep_reports(folder: str) -> None:
     real = ptxas.with_name("ptxas.real")
     if not real.exists():
         ptxas.rename(real)
-    ptxas.write_text(_WRAPPER.format(folder=folder))
+    os.environ[_REPORTS] = folder
+    ptxas.write_text(_WRAPPER)
     ptxas.chmod(ptxas.stat().st_mode | stat.S_IXUSR)
 
 
