@@ -5,6 +5,7 @@ from dpfa_jax import auditing as auditing
 from dpfa_jax import mechanisms as mechanisms
 from dpfa_jax import memory as memory
 from dpfa_jax import random as random
+from dpfa_jax import sampling as sampling
 from dpfa_jax import sensitivity as sensitivity
 from dpfa_jax.adjacency import GROUP as GROUP
 from dpfa_jax.adjacency import REPLACE_ONE as REPLACE_ONE

@@ -28,7 +28,8 @@ LAYERS = (
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.certificate"
     " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks",
     "accounting.convert accounting.subsample auditing clipping"
-    " pallas.triton_kernels pallas.mosaic_gpu_kernels",
+    " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels",
+    "pallas.triton_gradients",
     "accounting.charge accounting.allocate accounting.upward pallas.triton pallas.mosaic_gpu",
     "accounting.state accounting.trace accounting.traced accounting.calibrate accounting.filters"
     " accounting.ledger accounting.pld accounting.attacker pallas",
@@ -43,7 +44,11 @@ LAYERS = (
     "memory.rows memory.history per_example",
     "memory.gaussian_process memory.random_features memory.filtered",
     "memory _flax",
-    "linen nnx optim monitoring",
+    "linen nnx optim.account monitoring",
+    "optim.plan",
+    "optim.noise",
+    "optim.accumulation",
+    "optim",
     "cli",
     # layer 8: the package itself
     "__init__ __main__",

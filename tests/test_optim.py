@@ -1,0 +1,299 @@
+"""Which statement does this file keep true? O1 to O4: a step's noise is what its account says.
+
+Statistical tests raise a false alarm with probability 1e-6 each.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+from dp_accounting import dp_event
+from dp_accounting.rdp import RdpAccountant
+
+from dpfa_jax import accounting, optim, sampling
+from dpfa_jax.accounting import convert, traced
+from dpfa_jax.optim import plan
+from tests.optim_common import COORDINATES, PARAMS, SAMPLER, certificate, private, stepper
+
+ALARM = 1e-6
+DELTA = 1e-5
+FIXED = sampling.WithoutReplacement(128, 16)
+LARGE = {"w": jnp.zeros((64, 512))}
+
+
+def _noise(tx, clip_norm=1.0, state=None):
+    """The noise of one step over many coordinates, in units of the sum."""
+    state = tx.init(LARGE) if state is None else state
+    c = certificate(LARGE, clip_norm)
+    updates, after = _updated(tx, c, state)
+    return 16.0 * np.asarray(updates["w"], np.float64).ravel(), after
+
+
+def _updated(tx, c, state):
+    return jax.jit(lambda c, s: tx.update(c.tree, s, clipped=c))(c, state)
+
+
+def _has_std(noise: np.ndarray, std: float) -> bool:
+    law = scipy.stats.chi2(noise.size)
+    square = float(np.sum((noise / std) ** 2))
+    return law.ppf(ALARM / 2) < square < law.isf(ALARM / 2)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "clip_norm", "std"),
+    [
+        (SAMPLER, 1.0, 2.0),
+        (SAMPLER, 0.3, 0.6),
+        (SAMPLER, jnp.float32(3.0), 6.0),
+        (FIXED, 0.3, 1.2),  # replacing a record moves the sum by twice the clip
+    ],
+)
+def test_privatize_adds_the_noise_of_its_multiplier(sampler, clip_norm, std):
+    noise, _ = _noise(private(2.0, sampler=sampler), clip_norm)
+    assert _has_std(noise, std)
+    assert not _has_std(noise, 1.05 * std) and not _has_std(noise, std / 1.05)
+    assert abs(noise.mean()) < 5.2 * std / math.sqrt(noise.size)  # 2Φ(−5.2) = 2e-7
+    grid = 2.0 ** math.floor(math.log2(std) - 10)
+    assert np.all(noise / grid == np.round(noise / grid)), "off the public grid"
+
+
+def test_privatize_takes_new_noise_for_every_step_and_leaf():
+    tx = private()
+    twins = {"a": jnp.zeros((8, 64)), "b": jnp.zeros((8, 64))}
+    state, seen = tx.init(twins), []
+    update = jax.jit(lambda c, state: tx.update(c.tree, state, clipped=c))
+    for _ in range(3):
+        updates, state = update(certificate(twins), state)
+        seen += [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(updates)]
+    correlations = np.corrcoef(seen)[np.triu_indices(6, 1)]
+    assert np.all(np.abs(correlations) < 0.25)  # 512 pairs: 5.6 standard errors
+
+
+def test_privatize_gives_every_vmapped_example_its_own_noise():
+    tx, state = private(), private().init(PARAMS)
+
+    def one(sums):
+        c = certificate(sums)
+        return tx.update(c.tree, state, clipped=c)[0]
+
+    sums = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape)), PARAMS)
+    out = jax.vmap(one)(sums)
+    assert not np.any(np.asarray(out["a"][0]) == np.asarray(out["a"][1]))
+
+
+def test_privatize_without_noise_is_the_sum_over_the_public_size():
+    tx = private(0.0)
+    sums = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.linspace(-1.0, 1.0, 5)}
+    updates, state = _updated(tx, certificate(sums), tx.init(PARAMS))
+    for name in sums:
+        np.testing.assert_array_equal(updates[name], sums[name] / 16.0)
+    assert optim.epsilon(state, DELTA) == math.inf
+
+
+def _oracle(event, steps: int) -> float:
+    """dp_accounting's ε over orders that are refined around its own best one."""
+    orders, width, found = np.geomspace(2, 1e3, 100), 0.05, math.inf
+    for _ in range(3):
+        accountant = RdpAccountant(orders)
+        accountant.compose(event, steps)
+        found, best = accountant.get_epsilon_and_optimal_order(DELTA)
+        orders = np.linspace(1 + (best - 1) * (1 - width), 1 + (best - 1) * (1 + width), 61)
+        width /= 20
+    return found
+
+
+def test_epsilon_equals_dp_accounting_at_every_step():
+    # A rate at which dp_accounting's series for real orders converges to 1e-8.
+    sampler = sampling.Poisson(1024, 1 / 64)
+    tx = optax.chain(private(1.1, sampler=sampler), optax.adam(1e-3))
+    params, state = PARAMS, tx.init(PARAMS)
+    step = stepper(tx)
+    event = dp_event.PoissonSampledDpEvent(1 / 64, dp_event.GaussianDpEvent(1.1))
+    for count in range(1, 13):
+        params, state = step(params, state, PARAMS)
+        assert optim.epsilon(state, DELTA) == pytest.approx(_oracle(event, count), rel=1e-6)
+    assert optim.event(state) == accounting.Repeated(sampler.event(1.1, COORDINATES), 12)
+    pld = optim.epsilon(state, DELTA, method="pld")
+    assert pld == accounting.pld.epsilon(optim.event(state), DELTA) < optim.epsilon(state, DELTA)
+
+
+def test_events_reads_one_release_from_a_step():
+    tx = private(1.1)
+    state = tx.init(PARAMS)
+    assert accounting.events(stepper(tx), PARAMS, state, PARAMS) == SAMPLER.event(1.1, COORDINATES)
+    scheduled = private(optax.constant_schedule(1.1))
+    step = stepper(scheduled)
+    assert accounting.events(step, PARAMS, scheduled.init(PARAMS), PARAMS) == (
+        accounting.NonPrivate()
+    )
+
+
+def test_target_stops_at_the_last_step_that_fits_and_spends_no_more():
+    target = (0.75, DELTA)
+    tx = optax.chain(private(2.0, target=target), optax.sgd(1.0))
+    step, params, state = stepper(tx), PARAMS, tx.init(PARAMS)
+    epsilons, moved = [], []
+    for _ in range(9):
+        following, state = step(params, state, PARAMS)
+        moved.append(bool(np.any(np.asarray(following["a"]) != np.asarray(params["a"]))))
+        params = following
+        epsilons.append(optim.epsilon(state, DELTA))
+    allowed = moved.index(False)
+    assert allowed == plan.steps_within(SAMPLER.event(2.0, COORDINATES), plan.Target(*target))
+    assert moved == [True] * allowed + [False] * (9 - allowed)
+    one_more = accounting.Repeated(SAMPLER.event(2.0, COORDINATES), allowed + 1)
+    assert max(epsilons) <= 0.75 < accounting.epsilon(one_more, DELTA)
+    assert len(set(epsilons)) == allowed
+
+
+@pytest.mark.parametrize("target", [(1e-3, DELTA), (0.5, 1e-300)])
+@pytest.mark.parametrize("noise", [0.5, optax.constant_schedule(0.5)], ids=["fixed", "schedule"])
+def test_target_that_allows_no_step_is_refused(noise, target):
+    with pytest.raises(ValueError, match="allows at least one step"):
+        private(noise, target=target).init(PARAMS)
+
+
+SCHEDULE = optax.linear_schedule(3.0, 1.0, 8)
+
+
+def _scheduled_event(steps: int) -> accounting.Event:
+    multipliers = [float(np.float32(SCHEDULE(t))) for t in range(steps)]
+    return accounting.Composed([SAMPLER.event(z, COORDINATES) for z in multipliers])
+
+
+def test_schedule_noises_and_charges_each_step_as_it_says():
+    tx = private(SCHEDULE)
+    state = tx.init(LARGE)
+    for count in range(3):
+        noise, state = _noise(tx, state=state)
+        expected = 3.0 - 0.25 * count
+        assert _has_std(noise, expected) and not _has_std(noise, expected + 0.1)
+    small = private(SCHEDULE)
+    step, params, state = stepper(small), PARAMS, small.init(PARAMS)
+    for count in range(1, 13):
+        params, state = step(params, state, PARAMS)
+        event, orders = _scheduled_event(count), np.array(traced.ORDERS, float)
+        at_orders = convert.epsilons(orders, accounting.rdp_curve(event, orders), DELTA).min()
+        found = optim.epsilon(state, DELTA)
+        assert accounting.epsilon(event, DELTA) <= found < at_orders * 1.001
+    with pytest.raises(TypeError, match="schedule"):
+        optim.event(state)
+
+
+def test_schedule_under_a_target_keeps_to_it_on_every_path():
+    target = (1.0, DELTA)
+    tx = optax.chain(private(SCHEDULE, target=target), optax.sgd(1.0))
+    step, params, state = stepper(tx), PARAMS, tx.init(PARAMS)
+    moved = []
+    for _ in range(40):
+        following, state = step(params, state, PARAMS)
+        moved.append(bool(np.any(np.asarray(following["a"]) != np.asarray(params["a"]))))
+        params = following
+    steps = sum(moved)
+    assert moved == [True] * steps + [False] * (40 - steps)
+    # At one order fixed beforehand: no more than the best order allows, and not much less.
+    assert optim.epsilon(state, DELTA) <= 1.0
+    assert accounting.epsilon(_scheduled_event(steps), DELTA) <= 1.0
+    assert accounting.epsilon(_scheduled_event(steps + 3), DELTA) > 1.0
+
+
+def test_schedule_of_truncated_samples_pays_for_their_truncation():
+    roomy, tight = (sampling.TruncatedPoisson(128, 0.125, room) for room in (80, 30))
+    found = {}
+    for sampler in (SAMPLER, roomy, tight):
+        tx = private(optax.constant_schedule(2.0), sampler=sampler)
+        step, state = stepper(tx), tx.init(PARAMS)
+        _, state = step(PARAMS, state, PARAMS)
+        found[sampler] = optim.epsilon(state, 1e-3)
+        assert accounting.epsilon(sampler.event(2.0, COORDINATES), 1e-3) <= found[sampler]
+    assert found[SAMPLER] <= found[roomy] < 1.01 * found[SAMPLER]
+    assert found[tight] > 1.05 * found[SAMPLER]
+    with pytest.raises(NotImplementedError, match="WithoutReplacement"):
+        private(optax.constant_schedule(2.0), sampler=FIXED)
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0, -1.0, math.inf])
+def test_schedule_that_gives_no_multiplier_poisons_and_costs_infinity(value):
+    tx = private(lambda count: jnp.where(count < 1, 2.0, value))
+    step, params, state = stepper(tx), PARAMS, tx.init(PARAMS)
+    params, state = step(params, state, PARAMS)
+    assert np.all(np.isfinite(np.asarray(params["a"]))) and optim.epsilon(state, DELTA) < 1
+    params, state = step(params, state, PARAMS)
+    assert np.all(np.isnan(np.asarray(params["a"])))
+    assert optim.epsilon(state, DELTA) == math.inf
+
+
+@pytest.mark.parametrize("norm", [math.nan, 0.0, -1.0, math.inf])
+def test_traced_clip_norm_that_is_none_poisons_the_update(norm):
+    tx = private()
+    updates, _ = _updated(tx, certificate(PARAMS, jnp.float32(norm)), tx.init(PARAMS))
+    assert all(np.all(np.isnan(np.asarray(leaf))) for leaf in jax.tree.leaves(updates))
+
+
+def test_state_of_another_configuration_is_found_out():
+    tx, other = private(2.0), private(1.0)
+    state = tx.init(PARAMS)
+    c = certificate(PARAMS)
+    with pytest.raises(ValueError, match="another sampler, noise multiplier or model"):
+        other.update(c.tree, state, clipped=c)
+    # A checkpoint keeps arrays: restored into another structure it would be charged as another.
+    leaves = jax.tree.leaves(state)
+    restored = jax.tree.unflatten(jax.tree.structure(other.init(PARAMS)), leaves)
+    with pytest.raises(ValueError, match="restored into another"):
+        optim.epsilon(restored, DELTA)
+    updates, _ = _updated(other, c, restored)
+    assert np.all(np.isnan(np.asarray(updates["a"])))
+    with pytest.raises(ValueError, match="another"):
+        tx.update(
+            {"a": c.tree["a"]}, state, clipped=dataclasses.replace(c, tree={"a": c.tree["a"]})
+        )
+
+
+def test_fork_renews_the_noise_and_keeps_the_account():
+    tx = optax.chain(private(), optax.sgd(1.0))
+    step = stepper(tx)
+    _, state = step(PARAMS, tx.init(PARAMS), PARAMS)
+    again, _ = step(PARAMS, state, PARAMS)
+    same, _ = step(PARAMS, state, PARAMS)
+    forked = optim.fork(state, jax.random.key(7))
+    other, after = step(PARAMS, forked, PARAMS)
+    np.testing.assert_array_equal(again["a"], same["a"])
+    assert not np.any(np.asarray(other["a"]) == np.asarray(again["a"]))
+    assert optim.event(after) == accounting.Repeated(SAMPLER.event(2.0, COORDINATES), 2)
+    with pytest.raises(ValueError, match="PrivateState"):
+        optim.fork(optax.sgd(1.0).init(PARAMS), jax.random.key(7))
+
+
+def test_epsilon_of_a_state_without_privacy_is_refused():
+    with pytest.raises(ValueError, match="PrivateState"):
+        optim.epsilon(optax.adam(1e-3).init(PARAMS), DELTA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"noise_multiplier": math.nan}, ValueError),
+        ({"noise_multiplier": -1.0}, ValueError),
+        ({"noise_multiplier": math.inf}, ValueError),
+        ({"noise_multiplier": "2"}, TypeError),
+        ({"noise_multiplier": None}, TypeError),
+        ({"sampling": None}, TypeError),
+        ({"sampling": "shuffle"}, TypeError),
+        ({"rng": 0}, TypeError),
+        ({"rng": np.zeros(2, np.uint32)}, TypeError),
+        ({"target": 1.0}, TypeError),
+        ({"target": (1.0, math.nan)}, ValueError),
+        ({"target": (math.nan, DELTA)}, ValueError),
+        ({"target": (0.0, DELTA)}, ValueError),
+        ({"target": (1.0, 1.0)}, ValueError),
+    ],
+)
+def test_privatize_refuses_hostile_arguments(changes, error):
+    given = dict(noise_multiplier=1.0, sampling=SAMPLER, rng=jax.random.key(0)) | changes
+    with pytest.raises(error, match=r"Expected|Type-check"):
+        optim.privatize(**given)
