@@ -15,7 +15,7 @@ Addresses (the four counter words of a ChaCha block; RFC 8439, section 2.3):
 | 15 | domain << 24 or-ed with head | the same | domain << 24 |
 
 Domains: 1 matrix noise, 2 row noise, 3 bits, 4 split, 5 fold_in, 6 seed, 7 expanded keys, 8 the
-history of a memory (memory/history.py).
+history of a memory (memory/history.py), 9 wide noise (word 12 is the block of ten normals).
 
 A matrix block therefore owns the columns 64c + 8j + 2t + {0, 1}, j = 0..7: word pair j gives the
 two normals of that column pair, which is what one thread of a tensor-core accumulator holds. A row
@@ -49,10 +49,14 @@ ROUNDS = 8
 RADIUS_BITS = 40
 """Bits of the Box-Muller radius: the noise ends at √(2·40·ln 2) = 7.45 standard deviations."""
 
+WIDE_RADIUS_BITS = 64
+"""Bits of the radius of wide noise, which ends at √(2·64·ln 2) = 9.42 standard deviations."""
+
 Words = tuple[jax.Array, ...]
 
 _CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
 _MATRIX, _ROW, _BITS, _SPLIT, _FOLD, _SEED, _EXPAND = range(1, 8)
+_WIDE = 9
 _MAX_HEADS = 1 << 24
 
 
@@ -145,17 +149,37 @@ def normal_pair(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Arr
     high = lax.bitcast_convert_type(first ^ flip, jnp.int32)
     low = lax.bitcast_convert_type((second ^ flip) >> 24, jnp.int32)
     small = (high.astype(jnp.float32) * 256.0 + (low.astype(jnp.float32) + 0.5)) * 2.0**-40
-    flipped = upper != 0
+    return _polar(small, upper != 0, second << 8)
+
+
+def _polar(small: jax.Array, flipped: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The pair at radius √(−2 ln u), u = 1 − small where flipped, and turn's top 24 bits."""
     # −ln(1 − x) by its series where log(1 − x) would lose the digits of x: x < 1/64.
     series = small * (1.0 + small * (0.5 + small * (1.0 / 3.0 + small * 0.25)))
     logarithm = -jnp.log(jnp.where(flipped, 1.0 - small, small))
     radius = jnp.sqrt(2.0 * jnp.where(flipped & (small < 1.0 / 64.0), series, logarithm))
-    turn = lax.shift_right_arithmetic(
-        lax.bitcast_convert_type(second << 8, jnp.int32), jnp.int32(8)
-    )
+    turn = lax.shift_right_arithmetic(lax.bitcast_convert_type(turn, jnp.int32), jnp.int32(8))
     # i + ½ with −2²³ ≤ i < 2²³ is exact in float32; an unsigned angle would round its last bit.
     angle = (turn.astype(jnp.float32) + 0.5) * (2.0 * math.pi / 2.0**24)
     return radius * jnp.cos(angle), radius * jnp.sin(angle)
+
+
+def wide_pair(first: jax.Array, second: jax.Array, third: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`normal_pair` with 64 bits of radius, u = (first·2³² + second + ½)/2⁶⁴, 24 bits of angle.
+
+    Args:
+      first, second: uint32 words of the radius.
+      third: uint32 words of the angle; their last 8 bits are not used.
+
+    Returns:
+      Two float32 arrays of that shape, within 2⁻¹⁸ of the radius of the real-valued map.
+    """
+    flip = lax.bitcast_convert_type(
+        lax.shift_right_arithmetic(lax.bitcast_convert_type(first, jnp.int32), jnp.int32(31)),
+        jnp.uint32,
+    )
+    high, low = (first ^ flip).astype(jnp.float32), (second ^ flip).astype(jnp.float32)
+    return _polar(high * 2.0**-32 + (low + 0.5) * 2.0**-64, flip != 0, third)
 
 
 def _key_words(data: jax.Array) -> Words:
@@ -223,6 +247,15 @@ def row_normals(data: jax.Array, batch: ArrayLike, head: ArrayLike, rows: int) -
     pairs = [jnp.stack(normal_pair(words[2 * j], words[2 * j + 1]), -1) for j in range(8)]
     noise = jnp.swapaxes(jnp.stack(pairs, -2), -1, -2)  # (..., blocks, parity, j)
     return noise.reshape(*noise.shape[:-3], 16 * blocks)[..., :rows]
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _wide_normals(data: jax.Array, size: int) -> jax.Array:
+    """Normals 0 to size − 1 of the wide noise: block b holds the pairs from normal 10b on."""
+    block = jnp.arange(-(-size // 10), dtype=jnp.uint32)
+    words = chacha_block(_key_words(data), _address(block, 0, 0, _WIDE))
+    pairs = [jnp.stack(wide_pair(*words[3 * j : 3 * j + 3]), -1) for j in range(5)]
+    return jnp.stack(pairs, -2).reshape(-1)[:size]
 
 
 def _first_words(words: Words) -> jax.Array:
@@ -412,23 +445,31 @@ def bits(rng: Any, shape: Sequence[int] = ()) -> jax.Array:
     return _random_bits(key_data(rng), 32, tuple(shape))
 
 
-def normal(rng: Any, shape: Sequence[int] = (), dtype: Any = jnp.float32) -> jax.Array:
-    """Standard normals from 64 bits a pair, element (row, column) addressed by its index.
+def normal(
+    rng: Any,
+    shape: Sequence[int] = (),
+    dtype: Any = jnp.float32,
+    *,
+    radius_bits: int = RADIUS_BITS,
+) -> jax.Array:
+    """Standard normals from 64 or 96 bits a pair, addressed by their index.
 
-    Computed in float32. The distribution ends at 7.45 standard deviations; what that costs is
-    charged to δ by the accountant (`accounting/gdp.md`). Adding float32 noise to float32 data is
-    not the real-valued mechanism: see `mechanisms.md`.
+    Computed in float32. The distribution ends at 7.45 standard deviations, with 64 radius bits at
+    9.42; what that costs is charged to δ. 40 bits do for 10⁷ released scalars, not for the 10¹³ of
+    a training run (E2 in accounting/charge.md). Adding float32 noise to float32 data is not the
+    real-valued mechanism: see `mechanisms.md`.
 
     Args:
       rng: one typed key. The same key gives the same normals on every backend.
       shape: the last axis is the column, the one before it the row, all others count batches.
       dtype: float32, or float16 or bfloat16 to round the result.
+      radius_bits: 40, or 64 for other normals, addressed by their flat index, at 1.6 × the cost.
 
     Returns:
       An array of the given shape and dtype.
 
     Raises:
-      ValueError: for another dtype.
+      ValueError: for another dtype or number of radius bits.
 
     Example:
       >>> import jax
@@ -441,14 +482,18 @@ def normal(rng: Any, shape: Sequence[int] = (), dtype: Any = jnp.float32) -> jax
             f"Expected dtype float32, float16 or bfloat16, got {dtype}. The normals carry float32 "
             "precision; cast them yourself if you need a wider type."
         )
+    _check.choice("radius_bits", radius_bits, (RADIUS_BITS, WIDE_RADIUS_BITS))
     shape = tuple(shape)
-    padded = (1,) * (2 - len(shape)) + shape
-    *lead, rows, columns = padded
+    if math.prod(shape) == 0:
+        return jnp.zeros(shape, dtype)
+    if radius_bits == WIDE_RADIUS_BITS:
+        if math.prod(shape) >= 1 << 32:
+            raise ValueError(f"Expected fewer than 2**32 wide normals a key, got shape {shape}.")
+        return _wide_normals(key_data(rng), math.prod(shape)).reshape(shape).astype(dtype)
+    *lead, rows, columns = (1,) * (2 - len(shape)) + shape
     batches = math.prod(lead)
     if batches >= 1 << 32 or rows >= 1 << 32:
         raise ValueError(f"Expected fewer than 2**32 rows and batches, got shape {shape}.")
-    if math.prod(shape) == 0:
-        return jnp.zeros(shape, dtype)
     batch = jnp.arange(batches, dtype=jnp.uint32)[:, None]
     row = jnp.arange(rows, dtype=jnp.uint32)
     return matrix_normals(key_data(rng), batch, _u32(0), row, columns).reshape(shape).astype(dtype)

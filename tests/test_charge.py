@@ -21,6 +21,7 @@ from dpfa_jax.accounting import (
     Repeated,
     SampledWithoutReplacement,
     TruncatedPoissonSampled,
+    charge,
     convert,
     gdp,
 )
@@ -172,11 +173,66 @@ def test_sampled_releases_charge_the_cut_off():
     flux = 10 * gdp.cut_off(1.0, 10**6)[1]
     assert accounting.delta(cut, 2.0) > accounting.delta(ideal, 2.0) + 0.99 * flux
     assert accounting.epsilon(cut, flux) == math.inf
-    fixed = Repeated(SampledWithoutReplacement(9.0, 1.0, 10, 1000, 10**6), 100)
-    lost = 2 * 100 * 10**6 * 2.0**-40
-    assert accounting.delta(fixed, 1e-9) > lost
-    assert accounting.epsilon(fixed, lost) == math.inf
-    assert accounting.epsilon(fixed, 3 * lost) < math.inf
+    fixed = Repeated(SampledWithoutReplacement(1.0, 1.0, 10, 1000, 10**6), 100)
+    flux = 3 * gdp.cut_off(2.0, 10**6)[1]  # 100 steps at rate 0.01, shifts of 2C
+    assert accounting.delta(fixed, 1e3) > 0.99 * flux
+    assert accounting.epsilon(fixed, flux) == math.inf
+    assert accounting.epsilon(fixed, 1.1 * flux) < math.inf
+
+
+def test_cut_off_of_a_training_run_is_ruinous_with_40_bits_and_free_with_64():
+    def run(bits, steps=10**5, coordinates=10**8):
+        leaf = Gaussian(1.0, coordinates, bits) if bits else Gaussian(1.0)
+        return Repeated(PoissonSampled(leaf, 0.001), steps)
+
+    ideal = accounting.epsilon(run(None), 1e-6)
+    assert 2.0 < ideal < 2.01
+    assert accounting.epsilon(run(40), 1e-6) == math.inf
+    assert accounting.epsilon(run(40, coordinates=10**7), 1e-6) == math.inf
+    assert ideal < accounting.epsilon(run(64), 1e-6) <= ideal * (1 + 1e-6)
+    assert 5e-7 < charge.profile_of(run(64)).log_factor < 6e-7
+    assert 9.0 < charge.profile_of(run(40)).log_factor < 9.1
+    # Noise of two kinds: each pays for its own coordinates.
+    both = Composed([Gaussian(2.0, 10**12, 64), Gaussian(2.0, 100, 40)])
+    assert charge.profile_of(both).flux < 1e-9
+    assert charge.profile_of(Gaussian(2.0, 10**12 + 100, 40)).flux > 1e-6
+
+
+def discs(shifts, radius, step):
+    """Densities of normal pairs around points, ideal and cut off at a radius, times step²."""
+    x = np.arange(-radius - 3.0, radius + max(shifts) + 3.0, step)
+    y = np.arange(-radius - 3.0, radius + 3.0, step)[:, None]
+    squares = np.array([(x - shift) ** 2 + y**2 for shift in shifts])
+    ideal = np.exp(-squares / 2) / (2 * math.pi) * step * step
+    cut = ideal * (squares <= radius * radius)
+    return ideal, cut / cut.sum((1, 2), keepdims=True)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.95])
+def test_cut_off_of_sampled_noise_bounds_discs_exactly(rate):
+    """One pair with three bits of radius: Poisson both ways, and three points of a fixed sample."""
+    bits, shift, step = 3, 0.9, 0.02
+    radius = math.sqrt(2 * bits * math.log(2))
+    factor, flux = gdp.cut_off(shift, 1, radius_bits=bits)
+    # The grid moves each point of an edge by half a step at most.
+    edge = 2 * math.pi * radius * step / 2 * 2.0**-bits / (2 * math.pi)
+    for shifts, p, q, share in (
+        ((0.0, shift), (0, 1), (0, 0), 1.0),
+        ((0.0, shift), (0, 0), (0, 1), 1.0),
+        ((shift / 2, 0.0, shift), (0, 1), (0, 2), 3.0),
+        ((shift, 0.0, shift), (0, 1), (0, 2), 3.0),
+        ((0.0, 0.0, shift), (0, 1), (0, 2), 3.0),
+    ):
+        lost = []
+        for epsilon in (0.0, 0.05, 0.3, 1.0, 3.0):
+            deltas = []
+            for law in discs(shifts, radius, step):
+                left, right = ((1 - rate) * law[a] + rate * law[b] for a, b in (p, q))
+                deltas.append(np.maximum(left - math.exp(epsilon) * right, 0.0).sum())
+            lost.append(deltas[1] - math.exp(factor) * deltas[0])
+        assert max(lost) <= share * rate * flux + 2 * edge
+        # Negative control: where the flux is more than the grid, the bound needs it.
+        assert p == (0, 0) or rate < 0.5 or max(lost) > 2 * edge
 
 
 def test_truncation_is_free_with_room_and_charged_without():

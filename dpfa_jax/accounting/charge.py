@@ -83,8 +83,9 @@ def _inverse_square(noise_multiplier: float) -> float:
     return max(inverse * inverse, 1e-300)
 
 
-def _cut_off(noise_multiplier: float, coordinates: int) -> tuple[float, float]:
-    return gdp.cut_off(math.sqrt(_inverse_square(noise_multiplier)) * _UP, coordinates)
+def _cut_off(noise_multiplier: float, coordinates: int, bits: int) -> tuple[float, float]:
+    mu = math.sqrt(_inverse_square(noise_multiplier)) * _UP
+    return gdp.cut_off(mu, coordinates, radius_bits=bits)
 
 
 def _few(coordinates: int) -> int:
@@ -107,36 +108,58 @@ def profile_of(event: Event) -> Profile:
 
     Guarantee: E1 (charge.md).
     """
-    squared, coordinates, apart = 0.0, 0, 0.0
+    squared, apart = 0.0, 0.0
+    ending: dict[int, tuple[float, int]] = {}  # by radius_bits: Σμ² and coordinates
     factors, fluxes, variations, others = [], [], [], []
     events_lib.adjacency_of(event)
     for leaf, count in events_lib.leaves(event).items():
         if isinstance(leaf, events_lib.Gaussian):
-            squared += times(count, _inverse_square(leaf.noise_multiplier))
-            coordinates += count * leaf.coordinates
+            square = times(count, _inverse_square(leaf.noise_multiplier))
+            squared += square
             if leaf.coordinates:
-                apart += times(count, _cut_off(leaf.noise_multiplier, leaf.coordinates)[1])
+                before, scalars = ending.get(leaf.radius_bits, (0.0, 0))
+                ending[leaf.radius_bits] = before + square, scalars + count * leaf.coordinates
+                apart += times(count, _leaf_cut_off(leaf)[1])
             continue
         others.append((leaf, count))
-        match leaf:
-            case events_lib.PoissonSampled() | events_lib.TruncatedPoissonSampled():
-                factor, flux = _cut_off(leaf.event.noise_multiplier, leaf.event.coordinates)
-                factors.append(times(count, factor))
-                fluxes.append(times(count, flux * leaf.sampling_rate))
-            case events_lib.SampledWithoutReplacement():
-                variations.append(times(count * leaf.coordinates, 2.0**-gdp.RADIUS_BITS))
-            case _:
-                continue
+        factor, flux = _leaf_cut_off(leaf)
+        factors.append(times(count, factor))
+        fluxes.append(times(count, flux))
         if isinstance(leaf, events_lib.TruncatedPoissonSampled):
             overflow = subsample.poisson_overflow(leaf.records, leaf.sampling_rate, leaf.capacity)
             variations.append(times(count, overflow))
     pure = _sum(times(count, _pure_epsilon(leaf)) for leaf, count in others) * _UP
-    profile = Profile(squared * _UP, tuple(others), pure, 0.0, 0.0, _sum(variations) * _UP)
-    factor, flux = gdp.cut_off(profile.mu, _few(coordinates))
-    factor = (factor + _sum(factors)) * _UP
-    flux = min(flux, apart) + _sum(fluxes)
+    together = 0.0
+    for bits, (square, scalars) in ending.items():
+        factor, flux = gdp.cut_off(math.sqrt(square) * _UP, _few(scalars), radius_bits=bits)
+        factors.append(factor)
+        together += flux
+    factor = _sum(factors) * _UP
+    flux = min(together, apart) + _sum(fluxes)
     flux = math.inf if factor > 700.0 else flux * math.exp(factor) * _UP
-    return dataclasses.replace(profile, log_factor=min(factor, 700.0), flux=min(flux, 1.0))
+    return Profile(
+        squared * _UP,
+        tuple(others),
+        pure,
+        min(factor, 700.0),
+        min(flux, 1.0),
+        _sum(variations) * _UP,
+    )
+
+
+def _leaf_cut_off(leaf: Event) -> tuple[float, float]:
+    """(log_factor, flux) of one release whose noise ends; (0, 0) of any other."""
+    match leaf:
+        case events_lib.Gaussian():
+            return _cut_off(leaf.noise_multiplier, leaf.coordinates, leaf.radius_bits)
+        case events_lib.PoissonSampled() | events_lib.TruncatedPoissonSampled():
+            factor, flux = _leaf_cut_off(leaf.event)
+            return factor, flux * leaf.sampling_rate
+        case events_lib.SampledWithoutReplacement():
+            multiplier = leaf.noise_std / (2.0 * leaf.clip_norm) / _UP
+            factor, flux = _cut_off(multiplier, leaf.coordinates, leaf.radius_bits)
+            return factor, min(3.0 * flux * leaf.sample_size / leaf.records * _UP, 1.0)
+    return 0.0, 0.0
 
 
 def _leaf_rdp(leaf: Event, orders: rdp.Curve) -> rdp.Curve:

@@ -11,6 +11,10 @@ from typing import Any
 from dpfa_jax import _check
 
 
+RADIUS_BITS = 40
+"""Bits of the radius of `dpfa_jax.random.normal`: its noise ends at √(80 ln 2) = 7.45σ."""
+
+
 class Event:
     """What a release is charged as; a leaf below, or `Composed` and `Repeated` of them."""
 
@@ -19,27 +23,38 @@ def _positive_multiplier(noise_multiplier: Any) -> float:
     return _check.real("noise_multiplier", noise_multiplier, low=0)
 
 
+def _cut_off_fields(event: Any) -> None:
+    """Checks `coordinates` and `radius_bits`; ideal noise has only one spelling."""
+    coordinates = _check.integer("coordinates", event.coordinates, low=0)
+    bits = _check.integer("radius_bits", event.radius_bits, low=RADIUS_BITS, high=128)
+    object.__setattr__(event, "coordinates", coordinates)
+    object.__setattr__(event, "radius_bits", bits if coordinates else RADIUS_BITS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Gaussian(Event):
     """A Gaussian release of L2 sensitivity Δ with noise of standard deviation σ.
 
     Attributes:
       noise_multiplier: σ/Δ ≥ 0. The release is 1/noise_multiplier-GDP; 0 costs ∞.
-      coordinates: how many released scalars carry noise that ends at 7.45σ, ≥ 0. Their cut-off is
-        charged to δ (G3 in gdp.md); 0 says that the noise is an ideal Gaussian.
+      coordinates: how many released scalars carry noise that ends, ≥ 0. Their cut-off is charged to
+        δ (G3 in gdp.md); 0 says that the noise is an ideal Gaussian.
+      radius_bits: b of noise that ends at √(2b ln 2)σ, as given to `random.normal`, in [40, 128]:
+        40 at 7.45σ, 64 at 9.42σ (what 10⁷ scalars and more need).
     """
 
     noise_multiplier: float
     coordinates: int = 0
+    radius_bits: int = RADIUS_BITS
 
     def __post_init__(self):
         object.__setattr__(self, "noise_multiplier", _positive_multiplier(self.noise_multiplier))
-        object.__setattr__(
-            self, "coordinates", _check.integer("coordinates", self.coordinates, low=0)
-        )
+        _cut_off_fields(self)
 
     def __str__(self):
         noise = "ideal noise" if self.coordinates == 0 else f"{self.coordinates:,} noisy scalars"
+        if self.radius_bits != RADIUS_BITS:
+            noise += f" of {self.radius_bits} radius bits"
         return f"Gaussian release, noise multiplier {self.noise_multiplier:.6g}, {noise}"
 
 
@@ -239,6 +254,7 @@ class SampledWithoutReplacement(Event):
       sample_size: records in a sample, in [1, records].
       records: how many records there are, public, ≥ 1.
       coordinates: as in `Gaussian`.
+      radius_bits: as in `Gaussian`.
     """
 
     noise_std: float
@@ -246,19 +262,20 @@ class SampledWithoutReplacement(Event):
     sample_size: int
     records: int
     coordinates: int = 0
+    radius_bits: int = RADIUS_BITS
 
     def __post_init__(self):
         std = _check.real("noise_std", self.noise_std, low=0)
         clip = _check.real("clip_norm", self.clip_norm, low=0, open_low=True)
         records = _check.integer("records", self.records, low=1, high=1 << 53)
         size = _check.integer("sample_size", self.sample_size, low=1, high=records)
-        coordinates = _check.integer("coordinates", self.coordinates, low=0)
         for name, value in zip(
-            ("noise_std", "clip_norm", "sample_size", "records", "coordinates"),
-            (std, clip, size, records, coordinates),
+            ("noise_std", "clip_norm", "sample_size", "records"),
+            (std, clip, size, records),
             strict=True,
         ):
             object.__setattr__(self, name, value)
+        _cut_off_fields(self)
 
     def __str__(self):
         return (

@@ -42,7 +42,7 @@ class Ledger:
       >>> step = accounting.Gaussian(10.0)
       >>> ledger = jax.jit(lambda ledger: ledger.spend(step))(Ledger.create(step))
       >>> ledger.event
-      Repeated(event=Gaussian(noise_multiplier=10.0, coordinates=0), count=1)
+      Repeated(event=Gaussian(noise_multiplier=10.0, coordinates=0, radius_bits=40), count=1)
     """
 
     events: tuple[Event, ...] = dataclasses.field(metadata={"static": True})

@@ -193,7 +193,7 @@ class TracedLedger:
         """
         rate = _check.real("sampling_rate", sampling_rate, low=0, high=1)
         coordinates = _check.integer("coordinates", coordinates, low=0)
-        radius_bits = _check.integer("radius_bits", radius_bits, low=1, high=128)
+        radius_bits = _check.integer("radius_bits", radius_bits, low=gdp.RADIUS_BITS, high=128)
         square = _inverse_square(noise_multiplier)
         zero = jnp.float32(0.0)
         log_factor, flux = zero, zero
