@@ -9,6 +9,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+_MOST_BITS = 8192
+
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool):
@@ -22,6 +24,9 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"Expected {name} to be a number, got {value!r}.")
     try:
         return float(value)
+    except OverflowError as error:
+        size = f"got {'-' * (value < 0)}2**{int(abs(value)).bit_length() - 1} or more"
+        raise ValueError(f"Expected {name} within the floats, {size}.") from error
     except (TypeError, ValueError) as error:
         raise TypeError(f"Expected {name} to be a number, got {value!r}.") from error
 
@@ -83,17 +88,23 @@ def integer(name: str, value: Any, *, low: int | None = None, high: int | None =
 
     Raises:
       TypeError: if it is not a static whole number (bools and floats are refused).
-      ValueError: if it is outside the range.
+      ValueError: if it is outside the range, or has more than 8192 bits.
 
     Example:
       >>> integer("steps", 3, low=0)
       3
     """
-    _number(name, value)
+    # A Python int may lie beyond the floats: only its range is left to check then.
+    if type(value) is not int:
+        _number(name, value)
     try:
         number = operator.index(value)
     except TypeError as error:
         raise TypeError(f"Expected {name} to be a whole number, got {value!r}.") from error
+    if number.bit_length() > _MOST_BITS:  # Python would refuse to print it
+        raise ValueError(
+            f"Expected {name} of at most {_MOST_BITS} bits, got {number.bit_length()}."
+        )
     if (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"Expected {_bounds(name, low, high, False, False)}, got {number}.")
     return number

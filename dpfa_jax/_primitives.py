@@ -20,9 +20,12 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 from dpfa_jax import random
 
@@ -103,6 +106,57 @@ def stream_key(data: jax.Array, *operands: jax.Array) -> jax.Array:
             data = random.fold_in_data(data, index.astype(jnp.uint32))
     # The key has no derivative, and the primitive no rule for one.
     return stream_key_p.bind(data, *jax.lax.stop_gradient(operands))
+
+
+# keys that repeat -------------------------------------------------------------------------------
+
+
+def _without_derivatives(value: Any) -> Any:
+    """The value under vmap's and grad's wrappers, which run a function once."""
+    while isinstance(value, jax.core.Tracer) and not isinstance(value, DynamicJaxprTracer):
+        inner = getattr(value, "val", None)
+        inner = getattr(value, "primal", None) if inner is None else inner
+        if inner is None:
+            break
+        value = inner
+    return value
+
+
+def innermost_trace() -> Any:
+    """The trace that records the function being traced, or None where code runs as written."""
+    probe = _without_derivatives(jax.lax.add(np.uint32(0), np.uint32(0)))
+    return probe._trace if isinstance(probe, jax.core.Tracer) else None
+
+
+def is_constant(value: jax.Array) -> bool:
+    """Whether the value is a constant of the function being traced: the same in all its runs."""
+    trace = innermost_trace()
+    if trace is None:
+        return False
+    inner = _without_derivatives(value)
+    return not (isinstance(inner, jax.core.Tracer) and inner._trace is trace)
+
+
+def refuse_constant(value: jax.Array, advice: str) -> None:
+    """An error if the key data or key is a constant of the function being traced.
+
+    A key repeats its noise when it is a constant of a function that runs more than once: closed
+    over by a jitted function, or broadcast into a scan. Tracing shows it, because such a key does
+    not belong to the trace that uses it.
+
+    Args:
+      value: the key, or its data.
+      advice: what to do instead, in the words of the caller's API.
+
+    Raises:
+      ValueError: with the advice.
+    """
+    if is_constant(value):
+        raise ValueError(
+            "Expected the key of the privacy stream to be an argument of the function being "
+            "traced, got a constant of it: every call of a jitted function and every step of a "
+            f"scan would add the same noise. {advice}"
+        )
 
 
 # private_release --------------------------------------------------------------------------------

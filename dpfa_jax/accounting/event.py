@@ -10,7 +10,6 @@ from typing import Any
 
 from dpfa_jax import _check
 
-
 RADIUS_BITS = 40
 """Bits of the radius of `dpfa_jax.random.normal`: its noise ends at √(80 ln 2) = 7.45σ."""
 
