@@ -120,3 +120,38 @@ def test_ledger_survives_a_round_trip_through_leaves():
     leaves, tree = jax.tree.flatten(ledger)
     again = jax.tree.unflatten(tree, [jnp.asarray(leaf.tolist(), jnp.int32) for leaf in leaves])
     assert again.event == ledger.event
+
+
+MANY = (
+    *(Gaussian(30.0, 100), Gaussian(9.0), Laplace(200.0), NonPrivate()),
+    accounting.PoissonSampled(Gaussian(1.0, 50), 0.01),
+    accounting.TruncatedPoissonSampled(Gaussian(1.0), 0.01, 10_000, 190),
+)
+in_jit = jax.jit(lambda ledger: ledger.traced_epsilon(1e-5))
+
+
+def test_traced_epsilon_is_above_the_host_and_close():
+    counts = [
+        *((100, 0, 0, 0, 0, 0), (0, 0, 0, 0, 1000, 0), (0, 0, 0, 0, 0, 1000), (0,) * 6),
+        *((3, 1, 50, 0, 200, 10), (0, 0, 0, 1, 0, 0), (0, 0, 10**9, 0, 0, 0)),
+    ]
+    for each in counts:
+        ledger = Ledger(MANY, jnp.array(each, jnp.int32))
+        found, host = float(in_jit(ledger)), ledger.epsilon(1e-5)
+        assert found >= host
+        # Gaussian releases have an exact curve on the host; the counts of 10⁹ cost beyond 10⁶.
+        slack = 1.2 if sum(each[:2]) == sum(each) else 1.02
+        assert found <= slack * host or host > 1e4
+    both = Ledger.create(MANY[4], accounting.SampledWithoutReplacement(1.0, 1.0, 1, 9))
+    with pytest.raises(ValueError, match="adjacency"):
+        both.traced_epsilon(1e-5)
+    assert float(Ledger.create().traced_epsilon(0.0)) == 0.0
+    for bad in (math.nan, -1.0, 1.0):
+        with pytest.raises(ValueError, match="delta"):
+            Ledger.create(STEP).traced_epsilon(bad)
+
+
+@pytest.mark.parametrize("damage", [-1, -(2**31), SATURATED])
+def test_traced_epsilon_of_damaged_counts_is_infinite(damage):
+    counts = jnp.zeros(len(MANY), jnp.int32).at[1].set(damage)
+    assert float(in_jit(Ledger(MANY, counts))) == math.inf

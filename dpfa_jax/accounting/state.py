@@ -1,4 +1,4 @@
-"""A ledger that travels through jit: counts in int32 on the device, ε in float64 on the host."""
+"""A ledger that travels through jit: counts in int32, ε rounded up there, in float64 on the host."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import numpy as np
 from jaxtyping import Array
 
 from dpfa_jax import _check
-from dpfa_jax.accounting import charge
+from dpfa_jax.accounting import charge, upward
 from dpfa_jax.accounting import event as events_lib
 from dpfa_jax.accounting.event import Event
 
 SATURATED = 2**31 - 1
 """A count that has reached this value is no longer known: it costs ∞."""
+
+_ORDERS = 1.0 + np.geomspace(1e-3, 1e5, 250)
+_ORDERS.setflags(write=False)
 
 
 def _add(counts: Array, more: Array) -> Array:
@@ -141,3 +144,33 @@ class Ledger:
           Upper bound; ∞ where a count is saturated.
         """
         return charge.epsilon(self.event, delta)
+
+    def traced_epsilon(self, delta: float) -> Array:
+        """ε of everything spent, inside jit.
+
+        Args:
+          delta: static, in [0, 1).
+
+        Returns:
+          float32 upper bound of what the RDP of the releases certifies, about 1e-3 above it
+          (Gaussian releases alone are tighter on the host, by their exact curve); ∞ where a count
+          is saturated or damaged.
+
+        Raises:
+          ValueError: for a bad δ, or events of different adjacencies.
+
+        Guarantee: L2 (state.md).
+        """
+        delta = _check.real("delta", delta, low=0, high=1, open_high=True)
+        if not self.events:
+            return jnp.float32(0.0)
+        events_lib.adjacency_of(events_lib.Composed(self.events))
+        each = [charge.profile_of(event) for event in self.events]
+        ends = [[one.log_factor, one.flux, one.variation] for one in each]
+        curves = [charge.rdp_curve(event, _ORDERS) for event in self.events]
+        costs = upward.at_least(np.concatenate([ends, curves], axis=1))
+        counts = jnp.asarray(self.counts, jnp.float32)[:, None] * (1.0 + 2.0**-20)
+        total = jnp.sum(jnp.where(counts == 0, 0.0, counts * costs), axis=0) * (1.0 + 2.0**-12)
+        found = upward.epsilon_beside(_ORDERS, total[3:], delta, (total[0], total[1]), total[2])
+        known = jnp.all((self.counts >= 0) & (self.counts < SATURATED))
+        return jnp.where(known, found, jnp.inf)
