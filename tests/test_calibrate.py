@@ -1,6 +1,8 @@
 """Calibration returns the private side of its bracket and says when there is none."""
 
+import functools
 import math
+from typing import Any
 
 import dp_accounting
 import pytest
@@ -14,6 +16,7 @@ from dpfa_jax.accounting import (
     PoissonSampled,
     Repeated,
     calibrate,
+    pld,
 )
 
 TARGETS = [(e, d) for e in (0.01, 0.5, 1.0, 8.0) for d in (1e-12, 1e-6, 1e-2)]
@@ -118,8 +121,70 @@ def test_steps_is_the_largest_plan_that_fits():
 def test_smallest_says_so_where_the_target_is_out_of_reach():
     with pytest.raises(ValueError, match="even there epsilon is"):
         calibrate.smallest(training, epsilon=1e-9, delta=1e-12, high=100.0)
-    with pytest.raises(ValueError, match="even there"):
+    with pytest.raises(ValueError, match=r"from 1e-12 on meets.*even there epsilon is inf"):
         calibrate.largest(lambda rate: NonPrivate(), epsilon=1.0, delta=1e-5)
+    with pytest.raises(ValueError, match=r"a batch of one record meets.*costs epsilon"):
+        calibrate.batch_size(sampled(0.5, 1000), records=10, epsilon=0.1, delta=1e-5)
+
+
+def sampled(multiplier, count):
+    return lambda rate: Repeated(PoissonSampled(Gaussian(multiplier), rate), count)
+
+
+def test_batch_size_is_the_largest_that_fits():
+    make = sampled(1.0, 300)
+    for records in (500, 40_000):
+        found = calibrate.batch_size(make, records=records, epsilon=1.5, delta=1e-6)
+        assert accounting.epsilon(make(found / records), 1e-6) <= 1.5
+        assert accounting.epsilon(make((found + 1) / records), 1e-6) > 1.5
+    assert calibrate.batch_size(make, records=7, epsilon=1e5, delta=1e-6) == 7
+
+
+def test_searches_take_the_loss_distribution_as_their_cost():
+    cost = functools.partial(pld.epsilon, discretization=1e-2)
+    target: dict[str, Any] = {"epsilon": 2.0, "delta": 1e-6}
+    noise = calibrate.smallest(training, **target, tolerance=1e-3, cost=cost)
+    assert cost(training(noise), 1e-6) <= 2.0 < cost(training(noise * 0.998), 1e-6)
+    # The distribution needs less noise than the RDP curve: that is what it is for.
+    assert noise < 0.99 * calibrate.smallest(training, **target)
+    step = PoissonSampled(Gaussian(1.0), 0.05)
+    count = calibrate.steps(step, **target, cost=cost)
+    assert cost(Repeated(step, count), 1e-6) <= 2.0 < cost(Repeated(step, count + 1), 1e-6)
+    assert count > calibrate.steps(step, **target)
+
+
+def test_adaptive_clipping_meets_its_target_with_both_releases():
+    for batch, share in ((64, 0.1), (10_000, 0.01)):
+        gradient, std = calibrate.adaptive_clipping(
+            epsilon=1.0, delta=1e-5, sampling_rate=0.02, steps=200, batch=batch
+        )
+        together = (gradient**-2 + (2 * std) ** -2) ** -0.5
+        event = Repeated(PoissonSampled(Gaussian(together), 0.02), 200)
+        assert 0.999 < accounting.epsilon(event, 1e-5) <= 1.0 + 1e-9
+        assert std >= batch / 20 and (2 * std) ** -2 <= share * together**-2 * (1 + 1e-9)
+    with pytest.raises(ValueError, match="even there"):
+        calibrate.adaptive_clipping(
+            epsilon=1.0, delta=1e-6, sampling_rate=0.5, steps=10**9, batch=1, coordinates=10**9
+        )
+
+
+def test_narrow_ends_within_its_width_for_any_falling_cost():
+    """Straight, curved, flat and stepped costs: the end meets the target, a width less does not."""
+    costs = (
+        *(lambda x: 1 / x, lambda x: x**-9.0, lambda x: 3 * math.exp(-x) + 0.1, lambda x: 10 - x),
+        *(lambda x: 3.0 if x < 2.0 else 0.5, lambda x: math.inf if x < 1.7 else 0.0),
+    )
+    for cost in costs:
+        for target in (0.6, 0.9):
+            calls = []
+
+            def found(x, cost=cost, calls=calls):
+                calls.append(x)
+                return cost(x)
+
+            end = calibrate._narrow(found, target, 0.5, 11.0, 1e-6)
+            assert cost(end) <= target < cost(end / (1 + 1e-6))
+            assert len(calls) <= 90
 
 
 def test_adaptive_clip_split_composes_to_the_whole():

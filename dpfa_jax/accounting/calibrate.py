@@ -1,11 +1,21 @@
 """Noise for a target: the smallest multiplier that meets it, on the private side."""
 
+import contextlib
+import functools
+import itertools
 import math
 from collections.abc import Callable
 
 from dpfa_jax import _check
 from dpfa_jax.accounting import charge, gdp
-from dpfa_jax.accounting.event import Composed, Event, Gaussian, NoRelease, Repeated
+from dpfa_jax.accounting.event import (
+    Composed,
+    Event,
+    Gaussian,
+    NoRelease,
+    PoissonSampled,
+    Repeated,
+)
 
 
 def noise_multiplier(
@@ -74,6 +84,45 @@ def noise_multiplier(
     return high
 
 
+def _goal(epsilon: float, delta: float) -> tuple[float, float]:
+    goal = _check.real("delta", delta, low=0, high=1, open_low=True, open_high=True)
+    return _check.real("epsilon", epsilon, low=0), goal
+
+
+def _narrow(
+    found: Callable[[float], float], target: float, low: float, high: float, width: float
+) -> float:
+    """A point within `width` of where a falling cost meets the target: it meets it itself.
+
+    Args:
+      found: the cost at a point.
+      target: the cost allowed.
+      low: a point that does not meet it.
+      high: a larger point that does.
+      width: relative width of the last bracket.
+    """
+    above, below = found(low), found(high)
+    for turn in itertools.count():
+        if not high > low * (1.0 + width):
+            break
+        middle = math.sqrt(low) * math.sqrt(high) if high > 2.0 * low else 0.5 * (low + high)
+        # Two turns of three go where a straight line in logarithms would meet the target, a bit
+        # to either side of it, so that both ends move.
+        if turn % 3 and 0.0 < below < target < above < math.inf:
+            share = math.log(above / target) / math.log(above / below)
+            guess = low * math.exp(share * math.log(high / low))
+            guess *= 1.0 + (0.4 * width if turn % 3 == 1 else -0.4 * width)
+            middle = min(max(guess, low * (1.0 + 0.1 * width)), high * (1.0 - 0.1 * width))
+        if not low < middle < high:
+            break
+        here = found(middle)
+        if here <= target:
+            high, below = middle, here
+        else:
+            low, above = middle, here
+    return high
+
+
 def smallest(
     make: Callable[[float], Event],
     *,
@@ -82,6 +131,7 @@ def smallest(
     low: float = 1e-6,
     high: float = 1e9,
     tolerance: float = 1e-6,
+    cost: Callable[[Event, float], float] = charge.epsilon,
 ) -> float:
     """Smallest number x in [low, high] whose event meets (ε, δ), for a cost that falls in x.
 
@@ -92,9 +142,11 @@ def smallest(
       low: smallest x tried, > 0.
       high: largest x tried, > low.
       tolerance: relative width of the last bracket, in [1e-12, 0.1].
+      cost: ε of an event at δ; `pld.epsilon` calibrates the published number (give it a tolerance
+        of 1e-4: each of its answers takes a second).
 
     Returns:
-      The private side of the bracket: `accounting.epsilon(make(x), delta) <= epsilon`.
+      The private side of the bracket: `cost(make(x), delta) <= epsilon`.
 
     Raises:
       ValueError: for NaN, a bad range, or a target that `high` does not meet.
@@ -108,44 +160,41 @@ def smallest(
       >>> round(smallest(run, epsilon=1.0, delta=1e-5), 3)
       1.513
     """
-    target = _check.real("epsilon", epsilon, low=0)
-    goal = _check.real("delta", delta, low=0, high=1, open_low=True, open_high=True)
+    target, goal = _goal(epsilon, delta)
     low = _check.real("low", low, low=0, open_low=True)
     high = _check.real("high", high, low=low, open_low=True)
     width = _check.real("tolerance", tolerance, low=1e-12, high=0.1)
 
-    def meets(x: float) -> bool:
-        return charge.epsilon(make(x), goal) <= target
+    @functools.cache
+    def found(x: float) -> float:
+        return cost(make(x), goal)
 
-    if meets(low):
-        return low
-    # Doubling from 1 keeps the search where costs are cheap to compute.
+    # Doubling from 1 keeps the search where costs are cheap to compute; a slow accountant starts
+    # where the fast one ends.
     start = min(max(1.0, low), high)
-    if meets(start):
-        high = start
-    else:
-        low = start
-        while True:
-            start = min(2.0 * start, high)
-            if meets(start):
-                high = start
-                break
-            if start == high:
-                raise ValueError(
-                    f"Expected a target that some value up to {high:g} meets, got epsilon={target} "
-                    f"and delta={goal}: even there epsilon is "
-                    f"{charge.epsilon(make(high), goal):.4g}."
-                )
-            low = start
-    while high > low * (1.0 + width):
-        middle = math.sqrt(low) * math.sqrt(high) if high > 2.0 * low else 0.5 * (low + high)
-        if not low < middle < high:
-            break
-        if meets(middle):
-            high = middle
-        else:
-            low = middle
-    return high
+    if cost is not charge.epsilon:
+        with contextlib.suppress(ValueError):
+            start = smallest(
+                make, epsilon=target, delta=goal, low=low, high=high, tolerance=max(width, 1e-3)
+            )
+    step = 2.0 if cost is charge.epsilon else 1.1
+    if found(start) <= target:
+        end = start
+        while end > low:
+            start = max(end / step, low)
+            if not found(start) <= target:
+                return _narrow(found, target, start, end, width)
+            end, step = start, step * step
+        return low
+    while start < high:
+        end = min(step * start, high)
+        if found(end) <= target:
+            return _narrow(found, target, start, end, width)
+        start, step = end, min(step * step, 4.0)
+    raise ValueError(
+        f"Expected a target that some value up to {high:g} meets, got epsilon={target} "
+        f"and delta={goal}: even there epsilon is {found(high):.4g}."
+    )
 
 
 def largest(
@@ -156,6 +205,7 @@ def largest(
     low: float = 1e-12,
     high: float = 1.0,
     tolerance: float = 1e-6,
+    cost: Callable[[Event, float], float] = charge.epsilon,
 ) -> float:
     """Largest number x in [low, high] whose event meets (ε, δ), for a cost that grows in x.
 
@@ -166,17 +216,25 @@ def largest(
       low: smallest x tried, > 0.
       high: largest x tried, > low.
       tolerance: relative width of the last bracket, in [1e-12, 0.1].
+      cost: ε of an event at δ, as in `smallest`.
 
     Returns:
-      The private side of the bracket: `accounting.epsilon(make(x), delta) <= epsilon`.
+      The private side of the bracket: `cost(make(x), delta) <= epsilon`.
 
     Raises:
       ValueError: for NaN, a bad range, or a target that `low` does not meet.
 
     Guarantee: K2 (calibrate.md).
     """
+    target, goal = _goal(epsilon, delta)
     low = _check.real("low", low, low=0, open_low=True)
     high = _check.real("high", high, low=low, open_low=True)
+    at_low = cost(make(low), goal)
+    if not at_low <= target:
+        raise ValueError(
+            f"Expected a target that some value from {low:g} on meets, got epsilon={target} and "
+            f"delta={goal}: even there epsilon is {at_low:.4g}."
+        )
     found = smallest(
         lambda inverse: make(min(max(1.0 / inverse, low), high)),
         epsilon=epsilon,
@@ -184,11 +242,73 @@ def largest(
         low=1.0 / high,
         high=1.0 / low,
         tolerance=tolerance,
+        cost=cost,
     )
     return min(max(1.0 / found, low), high)
 
 
-def steps(event: Event, *, epsilon: float, delta: float, spent: Event | None = None) -> int:
+def batch_size(
+    make: Callable[[float], Event],
+    *,
+    records: int,
+    epsilon: float,
+    delta: float,
+    cost: Callable[[Event, float], float] = charge.epsilon,
+) -> int:
+    """Largest expected batch whose training run meets (ε, δ).
+
+    Args:
+      make: maps a sampling rate in (0, 1] to an event whose cost grows with it.
+      records: size of the data set, public, ≥ 1.
+      epsilon: target, nats, in [0, ∞).
+      delta: target, in (0, 1).
+      cost: ε of an event at δ, as in `smallest`.
+
+    Returns:
+      The largest whole batch on the private side: `cost(make(batch / records), delta) <= epsilon`.
+
+    Raises:
+      ValueError: for NaN, a bad target, or one that a batch of one record does not meet.
+
+    Guarantee: K2 (calibrate.md).
+
+    Example:
+      >>> from dpfa_jax.accounting import event
+      >>> def run(rate):
+      ...     return event.Repeated(event.PoissonSampled(event.Gaussian(1.0), rate), 1000)
+      >>> batch_size(run, records=60_000, epsilon=1.0, delta=1e-5)
+      263
+    """
+    target, goal = _goal(epsilon, delta)
+    records = _check.integer("records", records, low=1, high=1 << 53)
+
+    def meets(batch: int) -> bool:
+        return cost(make(batch / records), goal) <= target
+
+    if not meets(1):
+        raise ValueError(
+            f"Expected a target that a batch of one record meets, got epsilon={target} and "
+            f"delta={goal}: it costs epsilon {cost(make(1 / records), goal):.4g}. Take more noise "
+            "or fewer steps."
+        )
+    low, high = 1, 2
+    while high <= records and meets(high):
+        low, high = high, 2 * high
+    high = min(high, records + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if meets(middle) else (low, middle)
+    return low
+
+
+def steps(
+    event: Event,
+    *,
+    epsilon: float,
+    delta: float,
+    spent: Event | None = None,
+    cost: Callable[[Event, float], float] = charge.epsilon,
+) -> int:
     """How many more times a release may happen before (ε, δ) runs out; a plan fixed in advance.
 
     Args:
@@ -196,6 +316,7 @@ def steps(event: Event, *, epsilon: float, delta: float, spent: Event | None = N
       epsilon: target, nats, in [0, ∞).
       delta: target, in (0, 1).
       spent: what was released already.
+      cost: ε of an event at δ, as in `smallest`.
 
     Returns:
       The largest count on the private side, 0 if none fits, at most 2⁵³.
@@ -210,14 +331,17 @@ def steps(event: Event, *, epsilon: float, delta: float, spent: Event | None = N
       >>> steps(event.PoissonSampled(event.Gaussian(1.0), 0.01), epsilon=2.0, delta=1e-5)
       881
     """
-    target = _check.real("epsilon", epsilon, low=0)
-    goal = _check.real("delta", delta, low=0, high=1, open_low=True, open_high=True)
+    target, goal = _goal(epsilon, delta)
     before = NoRelease() if spent is None else spent
 
     def meets(count: int) -> bool:
-        return charge.epsilon(Composed((before, Repeated(event, count))), goal) <= target
+        return cost(Composed((before, Repeated(event, count))), goal) <= target
 
     low, high = 0, 1
+    if cost is not charge.epsilon:  # a slow accountant starts where the fast one ends
+        sure = steps(event, epsilon=target, delta=goal, spent=spent)
+        if sure and meets(sure):
+            low, high = sure, sure + max(1, sure // 8)
     while high <= 1 << 53 and meets(high):
         low, high = high, 2 * high
     while high - low > 1:
@@ -262,3 +386,62 @@ def adaptive_clip_split(*, noise_multiplier: float, count_noise_std: float) -> f
             "count of clipped examples alone spends the budget."
         )
     return total / math.sqrt(left) * (1.0 + 2.0**-50)
+
+
+def adaptive_clipping(
+    *,
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    batch: int,
+    coordinates: int = 0,
+    radius_bits: int = gdp.RADIUS_BITS,
+    cost: Callable[[Event, float], float] = charge.epsilon,
+) -> tuple[float, float]:
+    """Noise of the gradients and of the clip count for a target: (gradient_multiplier, count_std).
+
+    The count of clipped examples gets the noise its authors advise, batch/20, or more where that
+    would spend more than a tenth of each step's μ².
+
+    Args:
+      epsilon: target, nats, in [0, ∞).
+      delta: target, in (0, 1).
+      sampling_rate: q of the Poisson sample of each step, in (0, 1].
+      steps: how many, ≥ 1.
+      batch: expected batch size, ≥ 1, public.
+      coordinates: noisy scalars of one step's gradients, as in `Gaussian`; the count adds one.
+      radius_bits: of the noise of both, as in `Gaussian`.
+      cost: ε of an event at δ, as in `smallest`.
+
+    Returns:
+      The private side of the bracket: `steps` Poisson samples, each releasing both, meet the
+      target. Noise std on the clipped sum is gradient_multiplier·clip_norm; count_std is that on
+      the count shifted by ½.
+
+    Raises:
+      ValueError: for NaN, an argument outside its range, or an unreachable target.
+
+    Guarantee: K2, K3 (calibrate.md).
+    Source: Andrew, Thakkar, McMahan and Ramaswamy 2021, arXiv:1905.03871, Section 3.
+
+    Example:
+      >>> gradient, count = adaptive_clipping(
+      ...     epsilon=1.0, delta=1e-5, sampling_rate=0.01, steps=1000, batch=100
+      ... )
+      >>> round(gradient, 3), round(count, 3)
+      (1.531, 5.0)
+    """
+    rate = _check.real("sampling_rate", sampling_rate, low=0, high=1, open_low=True)
+    count = _check.integer("steps", steps, low=1)
+    size = _check.integer("batch", batch, low=1)
+    scalars = _check.integer("coordinates", coordinates, low=0)
+
+    def run(multiplier: float) -> Event:
+        leaf = Gaussian(multiplier, scalars + 1 if scalars else 0, radius_bits)
+        return Repeated(PoissonSampled(leaf, rate), count)
+
+    together = smallest(run, epsilon=epsilon, delta=delta, cost=cost)
+    std = max(size / 20.0, math.sqrt(10.0) * together / 2.0)
+    gradient = adaptive_clip_split(noise_multiplier=together, count_noise_std=std)
+    return gradient, std

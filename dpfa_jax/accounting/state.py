@@ -1,4 +1,4 @@
-"""A ledger that travels through jit: counts in int32, ε rounded up there, in float64 on the host."""
+"""A ledger that travels through jit: int32 counts, ε rounded up there, in float64 on the host."""
 
 from __future__ import annotations
 
