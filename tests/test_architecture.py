@@ -27,7 +27,7 @@ LAYERS = (
     # layer 1, its packages from the inside out
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.certificate"
     " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks",
-    "accounting.convert accounting.subsample auditing clipping"
+    "accounting.convert accounting.subsample accounting.groups auditing clipping"
     " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels",
     "pallas.triton_gradients",
     "accounting.charge accounting.allocate accounting.upward pallas.triton pallas.mosaic_gpu",

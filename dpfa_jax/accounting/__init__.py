@@ -6,6 +6,7 @@ from dpfa_jax.accounting import calibrate as calibrate
 from dpfa_jax.accounting import convert as convert
 from dpfa_jax.accounting import filters as filters
 from dpfa_jax.accounting import gdp as gdp
+from dpfa_jax.accounting import groups as groups
 from dpfa_jax.accounting import ledger as ledger
 from dpfa_jax.accounting import pld as pld
 from dpfa_jax.accounting import rdp as rdp

@@ -277,7 +277,7 @@ def batch_size(
       >>> def run(rate):
       ...     return event.Repeated(event.PoissonSampled(event.Gaussian(1.0), rate), 1000)
       >>> batch_size(run, records=60_000, epsilon=1.0, delta=1e-5)
-      263
+      213
     """
     target, goal = _goal(epsilon, delta)
     records = _check.integer("records", records, low=1, high=1 << 53)
