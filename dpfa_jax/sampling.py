@@ -201,14 +201,17 @@ class Poisson(_Sampler):
         """Length of a batch's arrays."""
         return self.records
 
-    def event(self, noise_multiplier: float, coordinates: int) -> events.Event:
+    def event(
+        self, noise_multiplier: float, coordinates: int, radius_bits: int = events.RADIUS_BITS
+    ) -> events.Event:
         """What a noised sum over one draw is charged as.
 
         Args:
           noise_multiplier: noise_std over the sensitivity of the sum under `adjacency`, ≥ 0.
           coordinates: noisy scalars released, ≥ 0.
+          radius_bits: where their noise ends, as in `accounting.Gaussian`.
         """
-        gaussian = events.Gaussian(noise_multiplier, coordinates)
+        gaussian = events.Gaussian(noise_multiplier, coordinates, radius_bits)
         return events.PoissonSampled(gaussian, self.sampling_rate)
 
     def _draw(self, rng: jax.Array) -> Batch:
@@ -257,14 +260,17 @@ class TruncatedPoisson(_Sampler):
         """Length of a batch's arrays."""
         return self.capacity
 
-    def event(self, noise_multiplier: float, coordinates: int) -> events.Event:
+    def event(
+        self, noise_multiplier: float, coordinates: int, radius_bits: int = events.RADIUS_BITS
+    ) -> events.Event:
         """What a noised sum over one draw is charged as.
 
         Args:
           noise_multiplier: noise_std over the sensitivity of the sum under `adjacency`, ≥ 0.
           coordinates: noisy scalars released, ≥ 0.
+          radius_bits: where their noise ends, as in `accounting.Gaussian`.
         """
-        gaussian = events.Gaussian(noise_multiplier, coordinates)
+        gaussian = events.Gaussian(noise_multiplier, coordinates, radius_bits)
         return events.TruncatedPoissonSampled(
             gaussian, self.sampling_rate, self.records, self.capacity
         )
@@ -312,18 +318,21 @@ class WithoutReplacement(_Sampler):
         """Length of a batch's arrays."""
         return self.batch_size
 
-    def event(self, noise_multiplier: float, coordinates: int) -> events.Event:
+    def event(
+        self, noise_multiplier: float, coordinates: int, radius_bits: int = events.RADIUS_BITS
+    ) -> events.Event:
         """What a noised sum over one draw is charged as.
 
         Args:
           noise_multiplier: noise_std over the sensitivity of the sum under `adjacency` (twice the
             clip norm), ≥ 0.
           coordinates: noisy scalars released, ≥ 0.
+          radius_bits: where their noise ends, as in `accounting.Gaussian`.
         """
         # In units of the clip norm: noise_multiplier·2·1 over 1.
         multiplier = _check.real("noise_multiplier", noise_multiplier, low=0)
         return events.SampledWithoutReplacement(
-            2.0 * multiplier, 1.0, self.batch_size, self.records, coordinates
+            2.0 * multiplier, 1.0, self.batch_size, self.records, coordinates, radius_bits
         )
 
     def _draw(self, rng: jax.Array) -> Batch:

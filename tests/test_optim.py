@@ -117,7 +117,7 @@ def test_epsilon_equals_dp_accounting_at_every_step():
     for count in range(1, 13):
         params, state = step(params, state, PARAMS)
         assert optim.epsilon(state, DELTA) == pytest.approx(_oracle(event, count), rel=1e-6)
-    assert optim.event(state) == accounting.Repeated(sampler.event(1.1, COORDINATES), 12)
+    assert optim.event(state) == accounting.Repeated(sampler.event(1.1, COORDINATES, 64), 12)
     pld = optim.epsilon(state, DELTA, method="pld")
     assert pld == accounting.pld.epsilon(optim.event(state), DELTA) < optim.epsilon(state, DELTA)
 
@@ -125,7 +125,9 @@ def test_epsilon_equals_dp_accounting_at_every_step():
 def test_events_reads_one_release_from_a_step():
     tx = private(1.1)
     state = tx.init(PARAMS)
-    assert accounting.events(stepper(tx), PARAMS, state, PARAMS) == SAMPLER.event(1.1, COORDINATES)
+    assert accounting.events(stepper(tx), PARAMS, state, PARAMS) == SAMPLER.event(
+        1.1, COORDINATES, 64
+    )
     scheduled = private(optax.constant_schedule(1.1))
     step = stepper(scheduled)
     assert accounting.events(step, PARAMS, scheduled.init(PARAMS), PARAMS) == (
@@ -144,9 +146,9 @@ def test_target_stops_at_the_last_step_that_fits_and_spends_no_more():
         params = following
         epsilons.append(optim.epsilon(state, DELTA))
     allowed = moved.index(False)
-    assert allowed == plan.steps_within(SAMPLER.event(2.0, COORDINATES), plan.Target(*target))
+    assert allowed == plan.steps_within(SAMPLER.event(2.0, COORDINATES, 64), plan.Target(*target))
     assert moved == [True] * allowed + [False] * (9 - allowed)
-    one_more = accounting.Repeated(SAMPLER.event(2.0, COORDINATES), allowed + 1)
+    one_more = accounting.Repeated(SAMPLER.event(2.0, COORDINATES, 64), allowed + 1)
     assert max(epsilons) <= 0.75 < accounting.epsilon(one_more, DELTA)
     assert len(set(epsilons)) == allowed
 
@@ -163,7 +165,7 @@ SCHEDULE = optax.linear_schedule(3.0, 1.0, 8)
 
 def _scheduled_event(steps: int) -> accounting.Event:
     multipliers = [float(np.float32(SCHEDULE(t))) for t in range(steps)]
-    return accounting.Composed([SAMPLER.event(z, COORDINATES) for z in multipliers])
+    return accounting.Composed([SAMPLER.event(z, COORDINATES, 64) for z in multipliers])
 
 
 def test_schedule_noises_and_charges_each_step_as_it_says():
@@ -210,7 +212,7 @@ def test_schedule_of_truncated_samples_pays_for_their_truncation():
         step, state = stepper(tx), tx.init(PARAMS)
         _, state = step(PARAMS, state, PARAMS)
         found[sampler] = optim.epsilon(state, 1e-3)
-        assert accounting.epsilon(sampler.event(2.0, COORDINATES), 1e-3) <= found[sampler]
+        assert accounting.epsilon(sampler.event(2.0, COORDINATES, 64), 1e-3) <= found[sampler]
     assert found[SAMPLER] <= found[roomy] < 1.01 * found[SAMPLER]
     assert found[tight] > 1.05 * found[SAMPLER]
     with pytest.raises(NotImplementedError, match="WithoutReplacement"):
@@ -264,7 +266,7 @@ def test_fork_renews_the_noise_and_keeps_the_account():
     other, after = step(PARAMS, forked, PARAMS)
     np.testing.assert_array_equal(again["a"], same["a"])
     assert not np.any(np.asarray(other["a"]) == np.asarray(again["a"]))
-    assert optim.event(after) == accounting.Repeated(SAMPLER.event(2.0, COORDINATES), 2)
+    assert optim.event(after) == accounting.Repeated(SAMPLER.event(2.0, COORDINATES, 64), 2)
     with pytest.raises(ValueError, match="PrivateState"):
         optim.fork(optax.sgd(1.0).init(PARAMS), jax.random.key(7))
 

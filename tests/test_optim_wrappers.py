@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from dpfa_jax import accounting, optim
 from tests.optim_common import COORDINATES, PARAMS, SAMPLER, certificate, private, stepper
 
-STEP = SAMPLER.event(2.0, COORDINATES)
+STEP = SAMPLER.event(2.0, COORDINATES, 64)
 SUMS = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.linspace(-1.0, 1.0, 5)}
 
 
@@ -363,4 +363,4 @@ def test_linen_parameters_are_a_tree_like_any_other():
     zeros = jax.tree.map(jnp.zeros_like, params)
     after, state = stepper(tx)(params, tx.init(params), zeros)
     assert not _equal(after, params)
-    assert optim.event(state) == accounting.Repeated(SAMPLER.event(2.0, 9), 1)
+    assert optim.event(state) == accounting.Repeated(SAMPLER.event(2.0, 9, 64), 1)

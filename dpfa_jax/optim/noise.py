@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpfa_jax import _flax, _primitives, random, sampling
+from dpfa_jax import _primitives, random, sampling
 from dpfa_jax.clipping import Clipped
 from dpfa_jax.doubleword import grid_step, to_grid
 from dpfa_jax.optim import account, plan
@@ -184,7 +184,7 @@ def check_certificate(updates: Any, clipped: Any) -> Clipped:
     for leaf in given:
         if leaf.dtype != jnp.float32:
             raise TypeError(f"Expected a float32 sum, got {leaf.dtype}{list(leaf.shape)}.")
-        if _flax.is_constant(leaf):
+        if _primitives.is_constant(leaf):
             raise ValueError(
                 "Expected the certificate to be made where it is used, got one from outside the "
                 "function being traced: a condition around privatize (apply_if_finite, "
@@ -215,7 +215,7 @@ def _check_mesh(values: tuple[Any, ...]) -> None:
 def _check_state(state: Any) -> None:
     if not isinstance(state, account.PrivateState):
         raise TypeError(f"Expected state to be a PrivateState, got {type(state).__name__}.")
-    _flax.refuse_constant(
+    _primitives.refuse_constant(
         jnp.asarray(state.key_data),
         "Pass the optimizer state as an argument (or carry it through the scan).",
     )
@@ -251,7 +251,9 @@ def add_noise(tree: Any, data: jax.Array, noise_std: Any, event: Any) -> Any:
     for index, leaf in enumerate(leaves):
         if std is not None:
             key = random.wrap_key_data(random.fold_in_data(data, jnp.uint32(index)))
-            leaf = to_grid(leaf + std * random.normal(key, leaf.shape), step)
+            leaf = to_grid(
+                leaf + std * random.normal(key, leaf.shape, radius_bits=plan.RADIUS_BITS), step
+            )
         noisy.append(leaf)
     # The tree is one release: marking every leaf would charge it again for each.
     largest = max(range(len(noisy)), key=lambda index: noisy[index].size)

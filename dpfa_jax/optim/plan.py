@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpfa_jax import _check, accounting, sampling
+from dpfa_jax import _check, accounting, random, sampling
 from dpfa_jax.accounting import filters, traced
 from dpfa_jax.accounting import state as counts
 from dpfa_jax.optim import account
+
+RADIUS_BITS = random.WIDE_RADIUS_BITS
+"""Of the noise of a step: what all scalars of all steps lose where it ends is charged to δ."""
 
 _SHARE = 2.0**-7  # of δ that a scheduled run may lose to the noise cut-off, and to truncation
 _LOG_FACTOR = 2.0**-7
@@ -121,7 +124,7 @@ class Fixed:
     @property
     def event(self) -> accounting.Event:
         """What a step is charged as."""
-        return self.sampling.event(self.noise_multiplier, self.coordinates)
+        return self.sampling.event(self.noise_multiplier, self.coordinates, RADIUS_BITS)
 
     def create(self) -> accounting.Ledger:
         """The account before the first step."""
@@ -263,6 +266,7 @@ class Scheduled:
             multiplier,
             sampling_rate=self.sampling.sampling_rate,
             coordinates=self.coordinates,
+            radius_bits=RADIUS_BITS,
         )
         caps = self.caps()
         if caps is None:
