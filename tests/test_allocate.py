@@ -7,6 +7,7 @@ import pytest
 
 from dpfa_jax import accounting
 from dpfa_jax.accounting import Composed, Gaussian, allocate, gdp
+from dpfa_jax.accounting import event as event_lib
 
 
 def test_by_weights_composes_to_the_whole():
@@ -46,3 +47,70 @@ def test_splits_refuse_bad_numbers(bad):
     ):
         with pytest.raises(ValueError, match="Expected"):
             call()
+
+
+def test_split_meets_its_target_and_less_noise_does_not():
+    parts = {
+        "embedding": allocate.Part(4.0, 1, 10**6, 64),
+        "layer 0/head 0": allocate.Part(1.0, 10, 100),
+        "layer 0/head 1": allocate.Part(2.0, 10, 100),
+    }
+    for epsilon, delta in ((0.5, 1e-6), (8.0, 1e-9)):
+        found = allocate.split(parts, epsilon=epsilon, delta=delta)
+        assert accounting.epsilon(found.event, delta) <= epsilon
+        less = [
+            part.at(z * (1 - 1e-8))
+            for z, part in zip(found.noise_multipliers, parts.values(), strict=True)
+        ]
+        assert accounting.epsilon(accounting.Composed(less), delta) > epsilon
+        alone = found.epsilons(delta)
+        assert list(alone) == ["embedding", "layer 0", "layer 0/head 0", "layer 0/head 1"]
+        assert max(alone["layer 0/head 0"], alone["layer 0/head 1"]) < alone["layer 0"] < epsilon
+    assert "layer 0/head 1: noise multiplier" in str(found)
+    with pytest.raises(ValueError, match="Expected one of"):
+        found.of("layer")
+
+
+def test_split_is_the_least_noise_of_all_that_cost_as_much():
+    rng = np.random.default_rng(0)
+    importance, releases = (1.0, 9.0, 2.5), (1, 100, 7)
+    parts = {
+        str(i): allocate.Part(w, n)
+        for i, (w, n) in enumerate(zip(importance, releases, strict=True))
+    }
+    found = allocate.split(parts, epsilon=1.0, delta=1e-6)
+    square = np.array(found.noise_multipliers) ** 2
+    least, total = np.dot(importance, square), np.sum(np.array(releases) / square)
+    for _ in range(500):
+        other = square * np.exp(rng.normal(0, 0.3, 3))
+        other *= np.sum(np.array(releases) / other) / total
+        assert np.dot(importance, other) >= least * (1 - 1e-9)
+
+
+def test_per_head_names_and_charges_every_head():
+    table = [[1.0, 16.0], [1.0, 1.0], [81.0, 1.0]]
+    heads = allocate.per_head(
+        layers=3, heads=2, epsilon=2.0, delta=1e-6, importance=table, releases=5, coordinates=64
+    )
+    assert heads.names[:3] == ("layer 0/head 0", "layer 0/head 1", "layer 1/head 0")
+    assert accounting.epsilon(heads.event, 1e-6) <= 2.0
+    ratio = heads.noise_multipliers[0] / heads.noise_multipliers[4]
+    assert ratio == pytest.approx(81**0.25)
+    assert sum(event_lib.leaves(heads.event).values()) == 30
+    for bad in ([[1.0]], [[1.0, 1.0]] * 2, [[1.0, 1.0], [1.0], [1.0, 1.0]]):
+        with pytest.raises(ValueError, match="importance of 3 layers"):
+            allocate.per_head(layers=3, heads=2, epsilon=1.0, delta=1e-6, importance=bad)
+
+
+def test_split_refuses_bad_targets_and_says_what_is_out_of_reach():
+    part = {"a": allocate.Part()}
+    for epsilon, delta in ((math.nan, 1e-5), (-1.0, 1e-5), (1.0, math.nan), (1.0, 0.0), (1.0, 1.0)):
+        with pytest.raises(ValueError, match="Expected"):
+            allocate.split(part, epsilon=epsilon, delta=delta)
+    with pytest.raises(ValueError, match="64 radius bits"):
+        allocate.split({"a": allocate.Part(coordinates=10**15)}, epsilon=1.0, delta=1e-9)
+    with pytest.raises(ValueError, match="at least one part"):
+        allocate.split({}, epsilon=1.0, delta=1e-9)
+    for importance in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="importance"):
+            allocate.Part(importance)

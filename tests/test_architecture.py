@@ -27,13 +27,15 @@ LAYERS = (
     # layer 1, its packages from the inside out
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.certificate"
     " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks",
-    "accounting.convert accounting.subsample accounting.groups auditing clipping"
+    "accounting.convert accounting.subsample accounting.groups auditing clipping.groups"
+    " clipping._batch"
     " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels",
-    "pallas.triton_gradients",
-    "accounting.charge accounting.allocate accounting.upward pallas.triton pallas.mosaic_gpu",
+    "pallas.triton_gradients clipping.bounded",
+    "clipping.gradients",
+    "accounting.charge accounting.upward pallas.triton pallas.mosaic_gpu",
     "accounting.state accounting.trace accounting.traced accounting.calibrate accounting.filters"
-    " accounting.ledger accounting.pld accounting.attacker pallas",
-    "accounting.report",
+    " accounting.allocate accounting.ledger accounting.pld accounting.attacker pallas",
+    "accounting.report clipping",
     "accounting gaussian_process",
     # layers 2 to 7
     "arguments",

@@ -69,6 +69,40 @@ def test_posterior_multiplies_the_odds():
     assert attacker.posterior(0.0, math.inf) == 0.0
 
 
+def test_trade_off_lies_on_the_curve_of_a_gaussian():
+    curve = attacker.trade_off(Gaussian(1.0), points=51)
+    rates, reached = curve.false_positive_rates, curve.true_positive_rates
+    assert rates[0] == 0.0 and rates[-1] == 1.0 and (np.diff(rates) > 0).all()
+    best = stats.norm.sf(stats.norm.isf(rates) - 1.0)
+    np.testing.assert_allclose(reached, best, rtol=1e-9)
+    assert (reached >= best * (1 - 1e-12)).all() and (np.diff(reached) >= 0).all()
+    for rate in (0.0, 1e-7, 0.3, 0.77, 1.0):
+        assert curve.at(rate) >= stats.norm.sf(stats.norm.isf(rate) - 1.0) * (1 - 1e-12)
+    # f is symmetric for a Gaussian: f(f(x)) = x.
+    inside = slice(5, -5)
+    again = np.interp(curve.false_negative_rates[inside], rates, curve.false_negative_rates)
+    np.testing.assert_allclose(again, rates[inside], atol=0.1)
+    assert not rates.flags.writeable
+
+
+def test_trade_off_bounds_every_threshold_of_a_mixture():
+    curve = attacker.trade_off(Laplace(2.0))
+    cuts = np.linspace(-9.0, 9.0, 200)
+    for rate, power in zip(
+        stats.laplace.sf(cuts, scale=2.0), stats.laplace.sf(cuts - 1.0, scale=2.0), strict=True
+    ):
+        assert power * (1 - 1e-12) <= curve.at(float(rate))
+    nothing = attacker.trade_off(NoRelease())
+    np.testing.assert_allclose(nothing.true_positive_rates, nothing.false_positive_rates, rtol=1e-9)
+    assert (attacker.trade_off(NonPrivate()).true_positive_rates == 1.0).all()
+    for bad in (2, -1, 10**9):
+        with pytest.raises(ValueError, match="points"):
+            attacker.trade_off(Laplace(2.0), points=bad)
+    for bad in (math.nan, -0.1, 1.1):
+        with pytest.raises(ValueError, match="false_positive_rate"):
+            curve.at(bad)
+
+
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.1])
 def test_rates_refuse_bad_numbers(bad):
     with pytest.raises(ValueError, match="false_positive_rate"):

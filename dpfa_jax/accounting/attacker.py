@@ -3,10 +3,12 @@
 The attacker knows everything but one record, and sees everything that was released.
 """
 
+import dataclasses
 import functools
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import special
 
 from dpfa_jax import _check
@@ -76,6 +78,73 @@ def true_positive_rate(event: Event, false_positive_rate: float) -> float:
         best = min(best, math.exp(min(epsilon, 700.0)) * rate + delta)
         best = min(best, 1.0 - math.exp(-epsilon) * (1.0 - delta - rate))
     return max(min(best * (1.0 + 1e-12), 1.0), rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class TradeOff:
+    """The trade-off curve of a set of releases (f-DP), as points that can be drawn.
+
+    Attributes:
+      false_positive_rates: float64, growing from 0 to 1.
+      true_positive_rates: float64, upper bounds of what any attack reaches there.
+
+    Guarantee: B2 (attacker.md).
+    """
+
+    false_positive_rates: NDArray[np.float64]
+    true_positive_rates: NDArray[np.float64]
+
+    @property
+    def false_negative_rates(self) -> NDArray[np.float64]:
+        """f of f-DP at the false-positive rates: lower bounds of 1 − TPR."""
+        return np.maximum(1.0 - self.true_positive_rates, 0.0)
+
+    def at(self, false_positive_rate: float) -> float:
+        """The bound between the points.
+
+        Args:
+          false_positive_rate: in [0, 1].
+
+        Returns:
+          Upper bound: that of the next point to the right.
+
+        Guarantee: B2 (attacker.md).
+        """
+        rate = _check.real("false_positive_rate", false_positive_rate, low=0, high=1)
+        index = np.searchsorted(self.false_positive_rates, rate)
+        return float(self.true_positive_rates[index])
+
+
+def trade_off(event: Event, *, points: int = 101) -> TradeOff:
+    """The best attack at every false-positive rate: the trade-off curve of everything released.
+
+    Args:
+      event: what was released.
+      points: how many points, ≥ 3: 0, 1, and between them evenly in log-odds from 1e-9 on.
+
+    Returns:
+      Upper bounds of the true-positive rate, never falling, never below the diagonal.
+
+    Raises:
+      ValueError: for too few points.
+
+    Guarantee: B2 (attacker.md).
+    Source: Dong, Roth and Su 2022, arXiv:1905.02383, Section 2.
+
+    Example:
+      >>> from dpfa_jax import accounting
+      >>> curve = trade_off(accounting.Gaussian(1.0))
+      >>> round(curve.at(0.01), 2)
+      0.12
+    """
+    points = _check.integer("points", points, low=3, high=1 << 16)
+    odds = np.linspace(-9.0, 9.0, points - 2) * math.log(10.0)
+    rates = np.concatenate([[0.0], special.expit(odds), [1.0]])
+    reached = np.array([true_positive_rate(event, float(rate)) for rate in rates])
+    reached = np.maximum.accumulate(np.maximum(reached, rates))
+    for array in (rates, reached):
+        array.setflags(write=False)
+    return TradeOff(rates, reached)
 
 
 def posterior(prior: float, epsilon: float) -> float:
