@@ -12,7 +12,10 @@ import jax
 
 
 class Operands(NamedTuple):
-    """The arrays of one fused call, already sanitised: every entry is finite or −∞ where said.
+    """The arrays of one fused call: every entry is finite, or −∞ where said.
+
+    A backend that says `READS_ANY_ROWS` takes rows of query, key and value that are not finite: the
+    weight of such a record is −∞, and such a query counts as a row of zeros.
 
     Attributes:
       query: (B, T, N, H).
@@ -28,6 +31,8 @@ class Operands(NamedTuple):
       base_log_weights: (B or 1, S, K) float32 ≤ 0: `log_weights` without the record weights that
         a Gaussian process makes itself; None elsewhere.
       noise_key: uint32[8] key data, or None without noise.
+      flags: (B or 1, blocks) int32, not 0 where a block of keys has a key or value that is not
+        finite; None where every number is.
     """
 
     query: Any
@@ -41,6 +46,7 @@ class Operands(NamedTuple):
     query_reference: Any = None
     base_log_weights: Any = None
     noise_key: Any = None
+    flags: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Spec:
       ball: the answer is projected to this norm, or None.
       row_clip: the answer's rows are clipped to this norm before "rows" noise, or None.
       precision: of the score product, as `jax.lax` takes it.
+      mark_queries: whether a query that is not finite is answered by NaN; only for backends that
+        say `READS_ANY_ROWS`.
     """
 
     scale: float
@@ -81,3 +89,4 @@ class Spec:
     ball: float | None = None
     row_clip: float | None = None
     precision: Any = jax.lax.Precision.HIGHEST
+    mark_queries: bool = False

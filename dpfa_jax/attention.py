@@ -251,14 +251,6 @@ def private_attention(
             key_value_seq_lengths=lengths is not None and shared,
         )
 
-    query_ok = clipping.finite_rows(query)
-    record_ok = jnp.all(clipping.finite_rows(key) & clipping.finite_rows(value), axis=-1)
-    query = jnp.where(query_ok[..., None], query, jnp.zeros((), query.dtype))
-    key = jnp.where(record_ok[..., None, None], key, jnp.zeros((), key.dtype))
-    value = jnp.where(record_ok[..., None, None], value, jnp.zeros((), value.dtype))
-    if not isinstance(mechanism, releases.SoftmaxNoise):
-        base = jnp.where(record_ok[..., None], base, -jnp.inf)
-
     data = None
     if private:
         assert rng is not None
@@ -277,29 +269,63 @@ def private_attention(
         window=window,
         precision=jax.lax.Precision.HIGHEST if precision is None else precision,
     )
-    out = _release(operands, spec, mechanism, call, backend)
-    if not isinstance(mechanism, releases.SequenceRelease):
-        out = jnp.where(query_ok[..., None], out, jnp.nan)
+    marked = not isinstance(mechanism, releases.SequenceRelease)
+    name = _backend(backend, *_asked(operands, spec, mechanism))
+    if _reads_any_rows(name, mechanism):
+        spec = dataclasses.replace(spec, mark_queries=marked)
+        out = _release(_weighted(name, operands, mechanism), spec, mechanism, call, name)
+    else:
+        query_ok = clipping.finite_rows(query)
+        out = _release(_sanitised(operands, mechanism), spec, mechanism, call, name)
+        out = jnp.where(query_ok[..., None], out, jnp.nan) if marked else out
     out = out.astype(query.dtype)
     return _primitives.private_release(out, mechanism.event(query.shape, key.shape, value.shape))
 
 
-def _bounded_values(operands: Operands, mechanism: Any) -> Operands:
-    """Value rows of norm ≤ Cv: by record weights, or scaled where a replaced row may oppose.
+def _reads_any_rows(name: str, mechanism: Any) -> bool:
+    # ClippedContributions takes norms of its own, of rows that have to be finite.
+    contributions = isinstance(mechanism, releases.ClippedContributions)
+    return getattr(_module(name), "READS_ANY_ROWS", False) and not contributions
+
+
+def _sanitised(operands: Operands, mechanism: Any) -> Operands:
+    """Rows that are not finite become zero, such records NULL; value rows bounded by weights."""
+    query, key, value, base = operands[:4]
+    query_ok = clipping.finite_rows(query)
+    record_ok = jnp.all(clipping.finite_rows(key) & clipping.finite_rows(value), axis=-1)
+    query = jnp.where(query_ok[..., None], query, jnp.zeros((), query.dtype))
+    key = jnp.where(record_ok[..., None, None], key, jnp.zeros((), key.dtype))
+    value = jnp.where(record_ok[..., None, None], value, jnp.zeros((), value.dtype))
+    if not isinstance(mechanism, releases.SoftmaxNoise):
+        base = jnp.where(record_ok[..., None], base, -jnp.inf)
+    bound = _record_bound(mechanism)
+    if bound is not None:
+        base = base + clipping.log_row_weights(value, bound)
+    return operands._replace(query=query, key=key, value=value, log_weights=base)
+
+
+def _weighted(name: str, operands: Operands, mechanism: Any) -> Operands:
+    """The same for a backend that leaves out what is not finite by itself: no copy is made."""
+    bound = _record_bound(mechanism)
+    weights, flags = _module(name).record_log_weights(operands.key, operands.value, bound)
+    return operands._replace(log_weights=operands.log_weights + weights, flags=flags)
+
+
+def _record_bound(mechanism: Any) -> float | None:
+    """The norm to which record weights bound the value rows, or None.
 
     A record weight shrinks a row's denominator too. Two rows that replace each other may then
     differ by 2Cv in the numerator and by c in the denominator at once, so under REPLACE_ONE the
     row itself is scaled and its denominator stays (S2 in sensitivity.md).
     """
-    if mechanism.adjacency.kind == "REPLACE_ONE":
-        return operands._replace(value=clipping.clip_rows(operands.value, mechanism.value_bound))
-    weights = clipping.log_row_weights(operands.value, mechanism.value_bound)
-    return operands._replace(log_weights=operands.log_weights + weights)
+    weighted = isinstance(mechanism, releases.IndependentNoise | releases.ClippedContributions)
+    if not weighted or mechanism.adjacency.kind == "REPLACE_ONE":
+        return None
+    return mechanism.value_bound
 
 
-def _release(operands, spec, mechanism, call, backend) -> jax.Array:
+def _release(operands, spec, mechanism, call, name) -> jax.Array:
     """The released answer in float32."""
-    name = _backend(backend, *_asked(operands, spec, mechanism))
     growth = 1 + _module(name).rounding(call.keys)
 
     def run(spec, operands, process=None) -> Any:
@@ -343,7 +369,9 @@ def _release(operands, spec, mechanism, call, backend) -> jax.Array:
             )
             return run(bounded, operands)
         case releases.IndependentNoise() | releases.ClippedContributions():
-            operands = _bounded_values(operands, mechanism)
+            if mechanism.adjacency.kind == "REPLACE_ONE":
+                scaled = clipping.clip_rows(operands.value, mechanism.value_bound)
+                operands = operands._replace(value=scaled)
             noise_std = mechanism.noise_multiplier * mechanism.l2_sensitivity(call) * growth
             weight = mechanism.weight(call)
             noisy = replace(

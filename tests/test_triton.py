@@ -86,6 +86,56 @@ def test_kernels_give_the_same_bits_every_time():
         assert np.array_equal(one, two)
 
 
+def _with_holes(dtype, huge):
+    """Records and queries with NaN and infinities, in one head or another; huge ones on request."""
+    source = np.random.default_rng(5)
+    query, key, value = (
+        source.normal(size=(2, length, 2, 8)).astype(np.float32) for length in (40, 70, 70)
+    )
+    query[0, 3, 1, 2], query[1, 39, 0, 0] = np.nan, -np.inf
+    key[0, 5, 0, 1], key[1, 69, 1, 7] = np.nan, np.inf
+    value[0, 33, 1, 0], value[1, 0, 0, 3] = np.inf, np.nan
+    if huge:
+        value[0, 7], key[1, 9] = 1e30 if dtype != jnp.float16 else 6e4, 1e4
+    return [jnp.asarray(x, dtype) for x in (query, key, value)]
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16, jnp.float16))
+@pytest.mark.parametrize("mechanism", ("noise", "plain", "rows"))
+def test_rows_that_are_not_finite_are_left_out_as_in_the_reference(mechanism, dtype):
+    chosen = {
+        # Noise far below the rounding of the answers, whose size differs between backends.
+        "noise": dpfa_jax.IndependentNoise(1e-9, value_bound=1.0, score_cap=1.0),
+        "plain": dpfa_jax.NonPrivate(),
+        "rows": dpfa_jax.SequenceRelease(1e-9, clip_norm=1.0, clip="row"),
+    }[mechanism]
+    queries = "private" if mechanism == "rows" else "public"
+    weigh = jnp.asarray(np.random.default_rng(6).normal(size=(2, 40, 2, 8)), jnp.float32)
+
+    def run(backend):
+        def loss(*arrays):
+            out = dpfa_jax.private_attention(
+                *arrays, mechanism=chosen, rng=jax.random.key(1), queries=queries, backend=backend
+            )
+            known = jnp.where(jnp.isnan(out), 0.0, out.astype(jnp.float32))
+            return jnp.sum(known * weigh), out
+
+        # Without a bound on weights and values a huge row is all that would be compared.
+        arrays = _with_holes(dtype, huge=mechanism == "noise")
+        found = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+        return [np.asarray(x, np.float64) for x in (found[0][1], *found[1])]
+
+    ours, want = run("triton"), run("xla")
+    lost = np.isnan(want[0])
+    assert np.array_equal(np.isnan(ours[0]), lost)
+    assert np.any(lost) == (mechanism != "rows")
+    roundoff = {jnp.float32: 2.0**-18, jnp.bfloat16: 2.0**-6, jnp.float16: 2.0**-9}[dtype]
+    for mine, other in zip(ours, want, strict=True):
+        mine, other = np.where(np.isnan(mine), 0, mine), np.where(np.isnan(other), 0, other)
+        assert np.all(np.isfinite(mine))
+        assert np.max(np.abs(mine - other)) <= roundoff * np.max(np.abs(other))
+
+
 # Under transformations ---------------------------------------------------------------------------
 
 _NOISE = dpfa_jax.IndependentNoise(2.0, value_bound=1.0, score_cap=1.0)

@@ -183,6 +183,30 @@ def dot(a, b, *, transpose_a=False, transpose_b=False):
     )
 
 
+def same(x, fast):
+    """x, by an instruction that no compiler looks through."""
+    if not fast:
+        return x
+    (result,) = plgpu.elementwise_inline_asm(
+        "mov.b32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
+def in_registers(rows):
+    """The block, exactly, as a matrix product: a result that the compiler leaves in registers."""
+    width = rows.shape[1]
+    square = (width, width)
+    diagonal = lax.broadcasted_iota(jnp.int32, square, 0) == lax.broadcasted_iota(
+        jnp.int32, square, 1
+    )
+    return narrow(dot(rows, diagonal.astype(rows.dtype)), rows.dtype, True)
+
+
 def load(ref, index, allowed=None):
     """`ref[index]`, 0 where `allowed` (broadcasts) is False; None allows everything."""
     if allowed is None:
@@ -203,11 +227,11 @@ def inside(rows, first_row, limit, columns, width):
 
 
 def sweep(runs, step, carry):
-    """`step(tile, carry, masked)` over the tiles of every run, in order."""
-    for first, end, masked in runs:
+    """`step(tile, carry, *options)` over the tiles of the runs (first, end, *options), in order."""
+    for first, end, *options in runs:
 
-        def body(tile, carry, masked=masked):
-            return step(tile, carry, masked)
+        def body(tile, carry, options=options):
+            return step(tile, carry, *options)
 
         carry = lax.fori_loop(jnp.int32(first), jnp.int32(end), body, carry)
     return carry

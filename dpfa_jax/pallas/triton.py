@@ -20,9 +20,13 @@ from jax.experimental.pallas import triton as plgpu
 
 from dpfa_jax import _primitives
 from dpfa_jax._typing import Operands, Spec
-from dpfa_jax.pallas import blocks, tiling, triton_kernels
+from dpfa_jax.pallas import blocks, tiling, triton_gradients, triton_kernels
 from dpfa_jax.pallas.tiling import rounding as rounding
 from dpfa_jax.pallas.triton_kernels import Plan
+from dpfa_jax.pallas.triton_records import record_log_weights as record_log_weights
+
+READS_ANY_ROWS = True
+"""Rows that are not finite are left out inside the kernels, given `record_log_weights`."""
 
 _WIDEST = 256
 _LARGEST_CAP = 1000.0
@@ -102,6 +106,7 @@ def _plan(operands: Operands, spec: Spec, pick: Callable, tile: Any) -> Plan:
         mask=None if operands.mask is None else operands.mask.shape,
         segments=operands.key_segments is not None,
         fast=True,
+        hopper=_capability() >= 90,
     )
 
 
@@ -139,12 +144,23 @@ def _pad(array: jax.Array, axis: int, multiple: int, fill: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Argument:
-    """One array of a kernel call: block shape, and its place for (block, head, batch)."""
+    """One array of a kernel call: block shape, and its place for (block, head, batch).
+
+    `cut` is the axis that the blocks of queries or keys cut, None where a program sees all of it.
+    """
 
     name: str
     array: Any
     block: tuple[int | None, ...]
     place: Callable
+    cut: int | None = None
+
+    def spec(self, count: int | None, place: Callable) -> pl.BlockSpec:
+        """For a kernel of one block; with a count of blocks, for one of all of them."""
+        block = list(self.block)
+        if count is not None and self.cut is not None:
+            block[self.cut] = count * (self.block[self.cut] or 1)
+        return pl.BlockSpec(tuple(block), lambda program: self.place(*place(program)))
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -183,24 +199,28 @@ def _arguments(plan: Plan, operands: Operands, bias: jax.Array, by_key: bool) ->
             if by_key
             else (None, tile.block_q, None, key_pad),
             (lambda i, h, b: (b, 0, h, 0)) if by_key else (lambda i, h, b: (b, i, h, 0)),
+            cut=None if by_key else 1,
         ),
         _Argument(
             "key",
             operands.key,
             (None, keys, None, key_pad),
             lambda i, h, b: (memory(b), i if by_key else 0, kv_head(h), 0),
+            cut=1 if by_key else None,
         ),
         _Argument(
             "value",
             value,
             (None, keys, None, value_pad),
             lambda i, h, b: (memory(b), i if by_key else 0, kv_head(h), 0),
+            cut=1 if by_key else None,
         ),
         _Argument(
             "bias",
             bias,
             (None, None, keys),
             lambda i, h, b: (_shared(bias.shape[0], b), kv_head(h), i if by_key else 0),
+            cut=2 if by_key else None,
         ),
     ]
     if plan.segments:
@@ -228,22 +248,52 @@ def _arguments(plan: Plan, operands: Operands, bias: jax.Array, by_key: bool) ->
     return found
 
 
+def _flags(flags: jax.Array) -> _Argument:
+    """Flags of a memory or of its queries, all of them at once for every program."""
+    flags = _pad(flags, 1, tiling.padded(flags.shape[1]), 0)
+    return _Argument(
+        "flags", flags, (None, flags.shape[1]), lambda i, h, b: (_shared(flags.shape[0], b), 0)
+    )
+
+
 def _call(
     body: Callable,
     plan: Plan,
     grid: tuple[int, int, int],
     inputs: list[_Argument],
     outputs: list[_Argument],
+    flags: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Runs a kernel over (blocks, heads, batch), blocks first so that they share keys in cache."""
+    """Runs a kernel over (blocks, heads, batch), blocks first so that they share keys in cache.
+
+    With flags the kernel takes its arrays as they are, and where flags are up a second one writes
+    the answers anew without the rows that are not finite. No branch then costs the first anything;
+    the second reads flags and ends.
+    """
+    results = _launch(body, plan, grid, inputs, outputs)
+    if flags is not None:
+        repairing = dataclasses.replace(plan, repairs=True)
+        earlier = [
+            dataclasses.replace(o, name=f"earlier {o.name}", array=result)
+            for o, result in zip(outputs, results, strict=True)
+        ]
+        inputs = [*earlier, _flags(flags), *inputs]
+        results = _launch(body, repairing, grid, inputs, outputs)
+    return {o.name: result for o, result in zip(outputs, results, strict=True)}
+
+
+def _launch(body, plan, grid, inputs, outputs) -> tuple:
     count, heads, _ = grid
     heavy_last = plan.spec.is_causal and body is triton_kernels.forward_kernel
 
     def place(program):
-        index = lax.rem(program, jnp.int32(count))
-        rest = lax.div(program, jnp.int32(count))
-        # The longest causal rows start first.
-        index = count - 1 - index if heavy_last else index
+        """Block, head and batch of one program, which when repairing has all the blocks."""
+        index, rest = jnp.int32(0), program
+        if not plan.repairs:
+            index = lax.rem(program, jnp.int32(count))
+            rest = lax.div(program, jnp.int32(count))
+            # The longest causal rows start first.
+            index = count - 1 - index if heavy_last else index
         return index, lax.rem(rest, jnp.int32(heads)), lax.div(rest, jnp.int32(heads))
 
     names = tuple(argument.name for argument in (*inputs, *outputs))
@@ -252,34 +302,46 @@ def _call(
     def run(fast, *arrays):
         chosen = dataclasses.replace(plan, fast=fast)
 
-        def kernel(*refs):
-            body(chosen, place, names, *refs)
+        def kernel(*all_refs):
+            refs = dict(zip(names, all_refs, strict=True))
+            index, *rest = place(pl.program_id(0))
+            if not plan.repairs:
+                body(chosen, (index, *rest), refs)
+                return
 
-        def spec(argument):
-            return pl.BlockSpec(argument.block, lambda pid: argument.place(*place(pid)))
+            def one(index, carry):
+                body(chosen, (index, *rest), refs)
+                return carry
 
-        kernel.__name__ = f"dpfa_{body.__name__}"
+            found = jnp.max(refs["flags"][...]) != 0
+            todo = jnp.where(found, jnp.int32(count), jnp.int32(0))
+            lax.fori_loop(jnp.int32(0), todo, one, jnp.int32(0))
+
+        kernel.__name__ = f"dpfa_{body.__name__}" + "_repair" * plan.repairs
+        cut = count if plan.repairs else None
         return pl.pallas_call(
             kernel,
-            grid=(math.prod(grid),),
-            in_specs=[spec(argument) for argument in inputs],
-            out_specs=[spec(argument) for argument in outputs],
+            grid=(math.prod(grid) // (count if plan.repairs else 1),),
+            in_specs=[argument.spec(cut, place) for argument in inputs],
+            out_specs=[argument.spec(cut, place) for argument in outputs],
             out_shape=[_shape(*argument.array, like=arrays[0]) for argument in outputs],
+            input_output_aliases={i: i for i in range(len(outputs))} if plan.repairs else {},
             compiler_params=plgpu.CompilerParams(
-                num_warps=plan.tile.warps, num_stages=plan.tile.stages
+                num_warps=plan.tile.warps, num_stages=1 if plan.repairs else plan.tile.stages
             ),
             interpret=not fast,
             name=kernel.__name__,
         )(*arrays)
 
-    results = lax.platform_dependent(*arrays, cuda=partial(run, True), default=partial(run, False))
-    return {o.name: result for o, result in zip(outputs, results, strict=True)}
+    return tuple(
+        lax.platform_dependent(*arrays, cuda=partial(run, True), default=partial(run, False))
+    )
 
 
 def _rows(name: str, plan: Plan, shape: tuple[int, int, int], array: Any = None) -> _Argument:
     """One float32 for each (batch, head, query), as a block of queries."""
     given = (shape, jnp.float32) if array is None else array
-    return _Argument(name, given, (None, None, plan.tile.block_q), lambda i, h, b: (b, h, i))
+    return _Argument(name, given, (None, None, plan.tile.block_q), lambda i, h, b: (b, h, i), cut=2)
 
 
 def forward(
@@ -309,7 +371,7 @@ def forward(
     def answer(name):
         block = (None, plan.tile.block_q, None, value_pad)
         described = (out_shape, operands.query.dtype)
-        return _Argument(name, described, block, lambda i, h, b: (b, i, h, 0))
+        return _Argument(name, described, block, lambda i, h, b: (b, i, h, 0), cut=1)
 
     row_shape = (batch, heads, queries)
     outputs = [answer("out"), _rows("mass", plan, row_shape), _rows("factor", plan, row_shape)]
@@ -318,7 +380,7 @@ def forward(
     if spec.noise == "rows":
         outputs.append(answer("clean"))
     grid = (-(-queries // plan.tile.block_q), heads, batch)
-    found = _call(triton_kernels.forward_kernel, plan, grid, inputs, outputs)
+    found = _call(triton_kernels.forward_kernel, plan, grid, inputs, outputs, operands.flags)
     clean = found.get("clean", found["out"])
     return found["out"], (clean, found["mass"], found["factor"], found.get("best"))
 
@@ -349,6 +411,8 @@ def backward(
     operands, bias = _fold_masks(operands, spec)
     plan = _plan(operands, spec, tiling.backward_tile, tile)
     clean, mass, factor, best = residuals
+    # Forward gives these queries a factor of 0 or below.
+    dead = jnp.any(factor <= 0, axis=(1, 2)).astype(jnp.int32)[:, None]
     d_ratio, inverse, delta = _coefficients(spec, clean, mass, factor, cotangent)
     # Products with 1/D in float16 could overflow where D is small; here it is a float32 factor.
     d_ratio = d_ratio.astype(plan.dtype)
@@ -359,14 +423,15 @@ def backward(
 
     inputs = _arguments(plan, operands, bias, by_key=False)
     block = (None, plan.tile.block_q, None, value_pad)
-    inputs.append(_Argument("cotangent", d_ratio, block, lambda i, h, b: (b, i, h, 0)))
+    inputs.append(_Argument("cotangent", d_ratio, block, lambda i, h, b: (b, i, h, 0), cut=1))
     rows = [("inverse", inverse), ("delta", delta)] + ([("best", best)] if plan.online else [])
     inputs += [_rows(name, plan, row_shape, array) for name, array in rows]
     shape = (operands.query.shape, jnp.float32)
     block = (None, plan.tile.block_q, None, key_pad)
-    outputs = [_Argument("d_query", shape, block, lambda i, h, b: (b, i, h, 0))]
+    outputs = [_Argument("d_query", shape, block, lambda i, h, b: (b, i, h, 0), cut=1)]
     grid = (-(-queries // plan.tile.block_q), heads, batch)
-    found = _call(triton_kernels.query_gradient_kernel, plan, grid, inputs, outputs)
+    kernel = triton_gradients.query_gradient_kernel
+    found = _call(kernel, plan, grid, inputs, outputs, operands.flags)
 
     padded_queries = _round_up(queries, plan.tile.block_q)
     inputs = _arguments(plan, operands, bias, by_key=True)
@@ -378,7 +443,8 @@ def backward(
     ]
     outputs = _key_outputs(plan, batch, keys, kv_heads, ("d_key", "d_value", "d_bias"))
     grid = (-(-keys // plan.tile.block_k), kv_heads, batch)
-    found |= _call(triton_kernels.key_gradient_kernel, plan, grid, inputs, outputs)
+    flags = None if operands.flags is None else dead
+    found |= _call(triton_gradients.key_gradient_kernel, plan, grid, inputs, outputs, flags)
 
     def joined(array):
         return array if given.key.shape[0] == batch else jnp.sum(array, axis=0, keepdims=True)
@@ -396,12 +462,12 @@ def _key_outputs(plan: Plan, batch, keys, kv_heads, names) -> list[_Argument]:
         if name in widths:
             shape = (batch, keys, kv_heads, widths[name])
             block = (None, plan.tile.block_k, None, tiling.padded(widths[name]))
-            place = lambda i, h, b: (b, i, h, 0)  # noqa: E731
+            place, cut = lambda i, h, b: (b, i, h, 0), 1
         else:
             shape = (batch, kv_heads, padded_keys)
             block = (None, None, plan.tile.block_k)
-            place = lambda i, h, b: (b, h, i)  # noqa: E731
-        outputs.append(_Argument(name, (shape, jnp.float32), block, place))
+            place, cut = lambda i, h, b: (b, h, i), 2
+        outputs.append(_Argument(name, (shape, jnp.float32), block, place, cut))
     return outputs
 
 
@@ -411,9 +477,10 @@ def _coefficients(spec: Spec, clean, mass, factor, cotangent) -> tuple:
     The ratio is projected by `factor` to the clean answer. Where that is below 1 the cotangent
     loses its part along the answer, and nothing flows through the denominator.
     """
-    cotangent, clean = cotangent.astype(jnp.float32), clean.astype(jnp.float32)
+    per_row = jnp.abs(jnp.swapaxes(factor, 1, 2))
+    cotangent = jnp.where(per_row[..., None] > 0, cotangent.astype(jnp.float32), 0.0)
+    clean = jnp.where(per_row[..., None] > 0, clean.astype(jnp.float32), 0.0)
     along = jnp.sum(cotangent * clean, axis=-1)
-    per_row = jnp.swapaxes(factor, 1, 2)
     square = jnp.maximum(jnp.sum(jnp.square(clean), axis=-1), 1e-37)
     projected = cotangent - clean * (along / square)[..., None]
     clipped = per_row < 1
@@ -438,5 +505,5 @@ def column_squares(operands: Operands, spec: Spec, *, tile: tiling.Tile | None =
     inputs = _arguments(plan, operands, bias, by_key=True)
     outputs = _key_outputs(plan, batch, keys, kv_heads, ("squares",))
     grid = (-(-keys // plan.tile.block_k), kv_heads, batch)
-    found = _call(triton_kernels.column_kernel, plan, grid, inputs, outputs)
+    found = _call(triton_gradients.column_kernel, plan, grid, inputs, outputs)
     return jnp.swapaxes(found["squares"][:, :, :keys], 1, 2)

@@ -20,6 +20,9 @@ from dpfa_jax.pallas.tiling import Tile
 SHIFT = 15
 """Powers of two by which float16 weights, which know few exponents, are raised."""
 
+LANES = 8
+"""Partial sums of one row's weights: as many columns as a warp's thread holds two of."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -38,7 +41,10 @@ class Plan:
       mask: shape of the boolean mask, or None.
       segments: whether there are segment ids.
       fast: compiled (True) or interpreted.
-      grouped: keys of one accumulator, or None for one accumulator over all keys.
+      grouped: keys of one accumulator, a power of two.
+      hopper: whether the matrix unit takes its first operand from registers or shared memory.
+      repairs: whether rows that are not finite are replaced, tile by tile; the kernel then runs on
+        whole arrays, once for each head and batch.
     """
 
     spec: Spec
@@ -53,8 +59,9 @@ class Plan:
     mask: tuple[int, ...] | None
     segments: bool
     fast: bool
-    grouped: int | None = tiling.GROUP_KEYS
-    flush: bool = False
+    grouped: int = tiling.GROUP_KEYS
+    hopper: bool = False
+    repairs: bool = False
 
     @property
     def online(self) -> bool:
@@ -76,6 +83,17 @@ class Plan:
         """Whether groups are joined in a double word."""
         return self.keys > tiling.PLAIN_KEYS
 
+    def own(self, start, size):
+        """Where the block start..start+size lies in the refs that are cut into blocks."""
+        return pl.ds(start, size) if self.repairs else pl.ds(0, size)
+
+    @property
+    def in_registers(self) -> bool:
+        """Whether queries stay in registers: the matrix unit then reads less shared memory."""
+        widest = max(tiling.padded(self.key_width), tiling.padded(self.value_width))
+        narrow = self.dtype != jnp.float32 and widest <= 128
+        return self.fast and self.hopper and narrow and not self.compensated
+
     @property
     def shift(self) -> int:
         """Powers of two by which the forward kernel's weights are raised."""
@@ -90,7 +108,7 @@ class Plan:
         return left, right
 
 
-def _allowed(plan: Plan, row, key, masked, refs, *, keys_first=False, member=None):
+def allowed_pairs(plan: Plan, row, key, masked, refs, *, keys_first=False, member=None):
     """Boolean block of visible pairs, or None where all are; axes (query, key) or the reverse."""
     tile = plan.tile
     shape = (tile.block_k, tile.block_q) if keys_first else (tile.block_q, tile.block_k)
@@ -141,63 +159,51 @@ def _allowed(plan: Plan, row, key, masked, refs, *, keys_first=False, member=Non
     return allowed
 
 
-def _join(plan: Plan, total, part):
-    if not plan.compensated:
-        return tuple(a + b for a, b in zip(total, part, strict=True))
-    high, low, mass_high, mass_low = total
-    return (*add_word(high, low, part[0]), *add_word(mass_high, mass_low, part[1]))
+def finite(rows):
+    """The block with 0 in place of NaN and infinities."""
+    return jnp.where(jnp.abs(rows) < float("inf"), rows, jnp.zeros((), rows.dtype))
 
 
-def _capped_sums(plan: Plan, runs, step, shape):
-    """Σ w v and Σ w in groups of keys: (N, D) or (N high, N low, D high, D low)."""
+def finite_rows(rows):
+    """Which rows are finite, and the block with zeros in place of the others."""
+    bad = jnp.where(jnp.abs(rows.astype(jnp.float32)) < float("inf"), 0, 1)
+    known = jnp.max(bad, axis=1) == 0
+    return known, jnp.where(known[:, None], rows, jnp.zeros((), rows.dtype))
+
+
+def _total(plan: Plan, shape):
     zero = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:1], jnp.float32))
-    if plan.grouped is None:
-        return blocks.sweep(runs, step, zero)
-    if plan.flush:
-        size = plan.grouped // plan.tile.block_k
-        total = (zero[0], zero[0], zero[1], zero[1]) if plan.compensated else zero
+    return (zero[0], zero[0], zero[1], zero[1]) if plan.compensated else zero
 
-        def flushing(index, carry, masked):
-            part, total = carry
-            part = step(index, part, masked)
-            return lax.cond(
-                lax.rem(index, jnp.int32(size)) == size - 1,
-                lambda part, total: (zero, _join(plan, total, part)),
-                lambda part, total: (part, total),
-                part,
-                total,
-            )
 
-        part, total = blocks.sweep(runs, flushing, (zero, total))
-        return _join(plan, total, part)
+def _part(shape):
+    return jnp.zeros(shape, jnp.float32), jnp.zeros((shape[0], LANES), jnp.float32)
+
+
+def _join(plan: Plan, total, part):
+    """A group of keys enters the outer sum."""
+    mass = jnp.sum(part[1], axis=1)
+    if not plan.compensated:
+        return total[0] + part[0], total[1] + mass
+    high, low, mass_high, mass_low = total
+    return (*add_word(high, low, part[0]), *add_word(mass_high, mass_low, mass))
+
+
+def _flush(plan: Plan, tile_index, score, part, total):
+    """Before the first tile of a group the group before it joins the outer sum.
+
+    On the way out the scores are written anew: a branch that does not need them would be moved in
+    front of their product, and the product of weights and values before it could not run on.
+    """
     size = plan.grouped // plan.tile.block_k
-    edge = plan.tile.block_q + 2 * plan.tile.block_k <= plan.grouped
-    total = None
-    for first, end, masked in runs:
-        one = isinstance(first, int) and isinstance(end, int) and end - first <= size
-        if one or (masked and edge):
-            part = blocks.sweep([(first, end, masked)], step, zero)
-            if total is None and not plan.compensated:
-                total = part
-                continue
-        else:
-            part = None
-        if total is None:
-            total = (zero[0], zero[0], zero[1], zero[1]) if plan.compensated else zero
-        if part is not None:
-            total = _join(plan, total, part)
-            continue
 
-        def group(index, total, first=first, end=end, masked=masked):
-            start = first + index * size
-            stop = jnp.minimum(start + size, end)
-            part = blocks.sweep([(start, stop, masked)], step, zero)
-            return _join(plan, total, part)
+    def join(score, part, total):
+        return blocks.same(score, plan.fast), _part(part[0].shape), _join(plan, total, part)
 
-        groups = lax.div(jnp.int32(end - first + size - 1), jnp.int32(size))
-        total = lax.fori_loop(jnp.int32(0), groups, group, total)
-    assert total is not None
-    return total
+    def keep(score, part, total):
+        return score, part, total
+
+    return lax.cond((tile_index & (size - 1)) == 0, join, keep, score, part, total)
 
 
 def _bounded(ratio, bound):
@@ -214,23 +220,25 @@ def _bounded(ratio, bound):
     return jnp.where(finite[:, None], ratio * factor[:, None], 0.0), factor
 
 
-def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
+def forward_kernel(plan: Plan, place, refs):
     """One block of queries: sums, noise, ratio, projection.
 
     Args:
       plan: what is static.
-      place: program id → (query block, head, batch).
-      names: of the refs, inputs then outputs.
-      all_refs: in that order.
+      place: (query block, head, batch).
+      refs: inputs and outputs by name.
     """
-    refs = dict(zip(names, all_refs, strict=True))
     spec, tile = plan.spec, plan.tile
-    index, head, batch = place(pl.program_id(0))
+    index, head, batch = place
     start = index * tile.block_q
+    own = plan.own(start, tile.block_q)
     key_pad, value_pad = tiling.padded(plan.key_width), tiling.padded(plan.value_width)
     tail = plan.queries if plan.queries % tile.block_q else None
     query_ok = blocks.inside(tile.block_q, start, tail, key_pad, plan.key_width)
-    query = blocks.load(refs["query"], (slice(None), slice(None)), query_ok)
+    query = blocks.load(refs["query"], (own, slice(None)), query_ok)
+    known, query = finite_rows(query)
+    if plan.in_registers:
+        query = blocks.in_registers(query)
     left, right = plan.sides
     runs = tiling.sections(start, tile.block_q, tile.block_k, plan.keys, left, right)
 
@@ -242,8 +250,9 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
         value_ok = blocks.inside(tile.block_k, key_start, limit, value_pad, plan.value_width)
         key = blocks.load(refs["key"], (keys, slice(None)), key_ok)
         score = blocks.dot(query, key, transpose_b=True)
-        allowed = _allowed(plan, start, key_start, masked, refs)
+        allowed = allowed_pairs(plan, start, key_start, masked, refs)
         value = blocks.load(refs["value"], (keys, slice(None)), value_ok)
+        value = finite(value) if plan.repairs else value
         return score, refs["bias"][keys], allowed, value
 
     def rounded(weights):
@@ -251,16 +260,19 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
             # Below the normal numbers rounding could double a weight.
             weights = jnp.where(weights < 2.0**-14, 0.0, weights)
         weights = blocks.narrow(weights, plan.dtype, plan.fast)
-        return weights, jnp.sum(blocks.widen(weights, plan.fast), axis=1)
+        lanes = blocks.widen(weights, plan.fast).reshape(-1, tile.block_k // LANES, LANES)
+        return weights, jnp.sum(lanes, axis=1)
 
     def capped(tile_index, carry, masked):
-        total, mass = carry
+        part, total = carry
         score, bias, allowed, value = tiles(tile_index, masked)
+        if total is not None:
+            score, part, total = _flush(plan, tile_index, score, part, total)
         weights = blocks.bounded_exp2(score, plan.cap, plan.factor, bias[None, :], plan.fast)
         if allowed is not None:
             weights = jnp.where(allowed, weights, 0.0)
-        weights, part = rounded(weights)
-        return total + blocks.dot(weights, value), mass + part
+        weights, mass = rounded(weights)
+        return (part[0] + blocks.dot(weights, value), part[1] + mass), total
 
     def online(tile_index, carry, masked):
         total, mass, best = carry
@@ -269,21 +281,23 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
         if allowed is not None:
             level = jnp.where(allowed, level, blocks.LOWEST)
         new = jnp.maximum(best, jnp.max(level, axis=1))
-        shrink = blocks.exp2(best - new, plan.fast)
+        shrink = blocks.exp2(best - new, plan.fast)[:, None]
         weights = blocks.exp2(level - (new - float(plan.shift))[:, None], plan.fast)
         weights, part = rounded(weights)
-        total = total * shrink[:, None] + blocks.dot(weights, value)
-        return total, mass * shrink + part, new
+        return total * shrink + blocks.dot(weights, value), mass * shrink + part, new
 
     shape = (tile.block_q, value_pad)
     unshift = 2.0**-plan.shift
     low = mass_low = None
     best = None
     if plan.online:
-        zero = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:1], jnp.float32))
-        total, mass, best = blocks.sweep(runs, online, (*zero, jnp.full(shape[:1], -1e30)))
+        total, mass, best = blocks.sweep(runs, online, (*_part(shape), jnp.full(shape[:1], -1e30)))
+        mass = jnp.sum(mass, axis=1)
     else:
-        sums = _capped_sums(plan, runs, capped, shape)
+        one = plan.keys <= plan.grouped
+        total = None if one else _total(plan, shape)
+        part, total = blocks.sweep(runs, capped, (_part(shape), total))
+        sums = (part[0], jnp.sum(part[1], axis=1)) if one else _join(plan, total, part)
         if len(sums) == 4:
             total, low, mass, mass_low = sums
             low, mass_low = low * unshift, mass_low * unshift
@@ -319,20 +333,24 @@ def forward_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
         columns = lax.broadcasted_iota(jnp.int32, shape, 1)
         ratio = jnp.where(columns < plan.value_width, ratio, 0.0)
     out, factor = _bounded(ratio, bound)
+    # A query that is not finite is known to the gradients by this sign.
+    factor = jnp.where(known, factor, 0.0 if spec.mark_queries else -factor)
     out_ok = blocks.inside(tile.block_q, start, tail, value_pad, plan.value_width)
     if "clean" in refs:
-        blocks.store(refs["clean"], (slice(None), slice(None)), out, out_ok)
+        blocks.store(refs["clean"], (own, slice(None)), out, out_ok)
     if spec.noise == "rows":
         out = blocks.noisy(spec, out, None, spec.noise_std, unit_noise())
-    blocks.store(refs["out"], (slice(None), slice(None)), out, out_ok)
+    if spec.mark_queries:
+        out = jnp.where(known[:, None], out, float("nan"))
+    blocks.store(refs["out"], (own, slice(None)), out, out_ok)
     queries = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
     row_ok = None if tail is None else queries < tail
     for name, row in (("mass", mass), ("factor", factor), ("best", best)):
         if name in refs:
-            blocks.store(refs[name], (slice(None),), row, row_ok)
+            blocks.store(refs[name], (own,), row, row_ok)
 
 
-def _pair_weights(plan: Plan, score, bias, best, allowed):
+def pair_weights(plan: Plan, score, bias, best, allowed):
     """Weights of one block without any shift, and which scores no bound holds."""
     free = None
     if plan.online:
@@ -344,156 +362,3 @@ def _pair_weights(plan: Plan, score, bias, best, allowed):
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0.0)
     return weights, free
-
-
-def query_gradient_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
-    """One block of queries: d query; arguments as in `forward_kernel`."""
-    refs = dict(zip(names, all_refs, strict=True))
-    tile = plan.tile
-    index, _, _ = place(pl.program_id(0))
-    start = index * tile.block_q
-    key_pad, value_pad = tiling.padded(plan.key_width), tiling.padded(plan.value_width)
-    tail = plan.queries if plan.queries % tile.block_q else None
-    everything = (slice(None), slice(None))
-    query_ok = blocks.inside(tile.block_q, start, tail, key_pad, plan.key_width)
-    out_ok = blocks.inside(tile.block_q, start, tail, value_pad, plan.value_width)
-    query = blocks.load(refs["query"], everything, query_ok)
-    cotangent = blocks.load(refs["cotangent"], everything, out_ok)
-    queries = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
-    row_ok = None if tail is None else queries < tail
-    inverse = blocks.load(refs["inverse"], (slice(None),), row_ok)
-    delta = blocks.load(refs["delta"], (slice(None),), row_ok)
-    best = None
-    if plan.online:
-        best = blocks.load(refs["best"], (slice(None),), row_ok)[:, None]
-    left, right = plan.sides
-    runs = tiling.sections(start, tile.block_q, tile.block_k, plan.keys, left, right)
-
-    def step(tile_index, total, masked):
-        key_start = tile_index * tile.block_k
-        keys = pl.ds(key_start, tile.block_k)
-        limit = plan.keys if masked and plan.keys % tile.block_k else None
-        key_ok = blocks.inside(tile.block_k, key_start, limit, key_pad, plan.key_width)
-        value_ok = blocks.inside(tile.block_k, key_start, limit, value_pad, plan.value_width)
-        key = blocks.load(refs["key"], (keys, slice(None)), key_ok)
-        value = blocks.load(refs["value"], (keys, slice(None)), value_ok)
-        score = blocks.dot(query, key, transpose_b=True)
-        allowed = _allowed(plan, start, key_start, masked, refs)
-        weights, free = _pair_weights(plan, score, refs["bias"][keys][None, :], best, allowed)
-        d_weights = blocks.dot(cotangent, value, transpose_b=True) - delta[:, None]
-        d_score = (weights * inverse[:, None]) * d_weights
-        if free is not None:
-            d_score = jnp.where(free, d_score, 0.0)
-        return total + blocks.dot(blocks.narrow(d_score, plan.dtype, plan.fast), key)
-
-    total = blocks.sweep(runs, step, jnp.zeros((tile.block_q, key_pad), jnp.float32))
-    blocks.store(refs["d_query"], everything, total * plan.spec.scale, query_ok)
-
-
-def _key_block(plan: Plan, place, refs):
-    """What the kernels over keys share: place, the key block and a loader of query tiles."""
-    tile = plan.tile
-    index, _, _ = place(pl.program_id(0))
-    start = index * tile.block_k
-    key_pad = tiling.padded(plan.key_width)
-    limit = plan.keys if plan.keys % tile.block_k else None
-    key_ok = blocks.inside(tile.block_k, start, limit, key_pad, plan.key_width)
-    key = blocks.load(refs["key"], (slice(None), slice(None)), key_ok)
-    left, right = plan.sides
-    runs = tiling.sections(start, tile.block_k, tile.block_q, plan.queries, right, left)
-    return start, key, key_ok, runs
-
-
-def _query_tile(plan: Plan, refs, tile_index, member, masked):
-    tile = plan.tile
-    start = tile_index * tile.block_q
-    rows = pl.ds(start, tile.block_q)
-    tail = plan.queries if masked and plan.queries % tile.block_q else None
-    width = tiling.padded(plan.key_width)
-    query_ok = blocks.inside(tile.block_q, start, tail, width, plan.key_width)
-    row_ok = None
-    if tail is not None:
-        row_ok = (start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)) < tail
-    query = blocks.load(refs["query"], (rows, member, slice(None)), query_ok)
-    return start, rows, tail, row_ok, query
-
-
-def key_gradient_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
-    """One block of keys: d key, d value, d log-weights, summed over the heads that read it."""
-    refs = dict(zip(names, all_refs, strict=True))
-    tile = plan.tile
-    start, key, key_ok, runs = _key_block(plan, place, refs)
-    key_pad, value_pad = tiling.padded(plan.key_width), tiling.padded(plan.value_width)
-    limit = plan.keys if plan.keys % tile.block_k else None
-    value_ok = blocks.inside(tile.block_k, start, limit, value_pad, plan.value_width)
-    value = blocks.load(refs["value"], (slice(None), slice(None)), value_ok)
-    bias = refs["bias"][...][:, None]
-
-    def step(tile_index, carry, masked, member):
-        d_key, d_value, d_bias = carry
-        row, rows, tail, row_ok, query = _query_tile(plan, refs, tile_index, member, masked)
-        out_ok = blocks.inside(tile.block_q, row, tail, value_pad, plan.value_width)
-        cotangent = blocks.load(refs["cotangent"], (rows, member, slice(None)), out_ok)
-        inverse = blocks.load(refs["inverse"], (member, rows), row_ok)
-        delta = blocks.load(refs["delta"], (member, rows), row_ok)
-        best = None
-        if plan.online:
-            best = blocks.load(refs["best"], (member, rows), row_ok)[None, :]
-        score = blocks.dot(key, query, transpose_b=True)
-        allowed = _allowed(plan, row, start, masked, refs, keys_first=True, member=member)
-        weights, free = _pair_weights(plan, score, bias, best, allowed)
-        weights = weights * inverse[None, :]
-        d_value += blocks.dot(blocks.narrow(weights, plan.dtype, plan.fast), cotangent)
-        d_weights = blocks.dot(value, cotangent, transpose_b=True) - delta[None, :]
-        d_level = weights * d_weights
-        d_bias += jnp.sum(d_level, axis=1)
-        if free is not None:
-            d_level = jnp.where(free, d_level, 0.0)
-        d_key += blocks.dot(blocks.narrow(d_level, plan.dtype, plan.fast), query)
-        return d_key, d_value, d_bias
-
-    zero = (
-        jnp.zeros((tile.block_k, key_pad), jnp.float32),
-        jnp.zeros((tile.block_k, value_pad), jnp.float32),
-        jnp.zeros((tile.block_k,), jnp.float32),
-    )
-
-    def member_step(member, carry):
-        def one(tile_index, carry, masked):
-            return step(tile_index, carry, masked, member)
-
-        return blocks.sweep(runs, one, carry)
-
-    d_key, d_value, d_bias = lax.fori_loop(jnp.int32(0), jnp.int32(plan.group), member_step, zero)
-    blocks.store(refs["d_key"], (slice(None), slice(None)), d_key * plan.spec.scale, key_ok)
-    blocks.store(refs["d_value"], (slice(None), slice(None)), d_value, value_ok)
-    blocks.store(refs["d_bias"], (slice(None),), d_bias, None)
-
-
-def column_kernel(plan: Plan, place, names: tuple[str, ...], *all_refs):
-    """One block of keys: Σ w² over the queries and heads that read it."""
-    refs = dict(zip(names, all_refs, strict=True))
-    tile = plan.tile
-    start, key, _, runs = _key_block(plan, place, refs)
-    bias = refs["bias"][...][:, None]
-
-    def step(tile_index, total, masked, member):
-        row, _, tail, _, query = _query_tile(plan, refs, tile_index, member, masked)
-        score = blocks.dot(key, query, transpose_b=True)
-        allowed = _allowed(plan, row, start, masked, refs, keys_first=True, member=member)
-        if tail is not None:
-            rows = row + lax.broadcasted_iota(jnp.int32, score.shape, 1)
-            inside = rows < tail
-            allowed = inside if allowed is None else allowed & inside
-        weights, _ = _pair_weights(plan, score, bias, None, allowed)
-        return total + jnp.sum(weights * weights, axis=1)
-
-    def member_step(member, carry):
-        def one(tile_index, carry, masked):
-            return step(tile_index, carry, masked, member)
-
-        return blocks.sweep(runs, one, carry)
-
-    zero = jnp.zeros((tile.block_k,), jnp.float32)
-    total = lax.fori_loop(jnp.int32(0), jnp.int32(plan.group), member_step, zero)
-    blocks.store(refs["squares"], (slice(None),), total, None)
