@@ -1,8 +1,14 @@
 """The only code that bounds a norm: of rows, of per-example gradients, and who vouches for it."""
 
+from dpfa_jax.clipping.bounded import contributions as contributions
+from dpfa_jax.clipping.bounded import shrinkage as shrinkage
 from dpfa_jax.clipping.certificate import Clipped as Clipped
 from dpfa_jax.clipping.certificate import Group as Group
 from dpfa_jax.clipping.certificate import joint_clip_norm as joint_clip_norm
+from dpfa_jax.clipping.gradients import clipped_grad as clipped_grad
+from dpfa_jax.clipping.groups import Groups as Groups
+from dpfa_jax.clipping.groups import label_groups as label_groups
+from dpfa_jax.clipping.groups import per_layer as per_layer
 from dpfa_jax.clipping.rows import clip_rows as clip_rows
 from dpfa_jax.clipping.rows import finite_rows as finite_rows
 from dpfa_jax.clipping.rows import log_row_norms as log_row_norms

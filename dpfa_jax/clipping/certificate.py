@@ -92,6 +92,8 @@ class Clipped:
         Raises:
           TypeError: if adjacency is not an Adjacency.
           ValueError: for SEQUENCE, where one unit's clipped gradient is not what changes.
+
+        Guarantee: CL1 (certificate.md).
         """
         if not isinstance(adjacency, Adjacency):
             raise TypeError(f"Expected adjacency to be an Adjacency, got {adjacency!r}.")
@@ -136,6 +138,8 @@ def joint_clip_norm(clip_norms: Sequence[float]) -> float:
 
     Raises:
       ValueError: for no group, or a bound that is not positive and finite.
+
+    Guarantee: CL1 (certificate.md).
 
     Example:
       >>> round(joint_clip_norm([3.0, 4.0]), 9)
