@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from dpfa_jax import _check, accounting
-from dpfa_jax.accounting import attacker, calibrate, ledger, scope
+from dpfa_jax import _check, accounting, planning
+from dpfa_jax.accounting import attacker, calibrate, groups, ledger, pld, scope
 from dpfa_jax.accounting.event import Event
 
 _SHUFFLING = (
@@ -94,6 +94,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--coordinates", type=_whole, default=0, help="noisy scalars per release (default 0: ideal)"
     )
+    group.add_argument(
+        "--radius-bits",
+        type=_whole,
+        default=40,
+        help="of the noise: 40, or 64 for training runs (random.normal)",
+    )
+    group.add_argument(
+        "--group-rows", type=_whole, default=1, help="rows that one person may own (default 1)"
+    )
 
 
 def _rate(options: argparse.Namespace) -> float | None:
@@ -125,14 +134,20 @@ def _noise(options: argparse.Namespace) -> float:
 
 
 def _step(options: argparse.Namespace, noise: float, rate: float | None) -> Event:
+    """What one release of the run costs a group of rows."""
+    return groups.grouped(_release(options, noise, rate), options.group_rows)
+
+
+def _release(options: argparse.Namespace, noise: float, rate: float | None) -> Event:
     """One release of the run; `noise` is a multiplier, or a std without replacement."""
+    scalars, bits = options.coordinates, options.radius_bits
     sampling = options.sampling or ("none" if rate is None else "poisson")
     if sampling == "shuffle":
         raise _Mistake(_SHUFFLING)
     if sampling == "none":
         if rate is not None:
             raise _Mistake("--sampling none takes no --sampling-rate and no --batch-size.")
-        return accounting.Gaussian(noise, options.coordinates)
+        return accounting.Gaussian(noise, scalars, bits)
     if rate is None:
         raise _Mistake(
             f"--sampling {sampling} needs --sampling-rate, or --batch-size and --records."
@@ -143,9 +158,9 @@ def _step(options: argparse.Namespace, noise: float, rate: float | None) -> Even
         size = max(1, math.ceil(rate * options.records - 1e-9))
         _need(options, "clip_norm")
         return accounting.SampledWithoutReplacement(
-            noise, options.clip_norm, size, options.records, options.coordinates
+            noise, options.clip_norm, size, options.records, scalars, bits
         )
-    base = accounting.Gaussian(noise, options.coordinates)
+    base = accounting.Gaussian(noise, scalars, bits)
     if options.capacity is None:
         return accounting.PoissonSampled(base, rate)
     if options.records is None:
@@ -162,7 +177,9 @@ def _need(options: argparse.Namespace, *names: str) -> None:
 def _adjacency(options: argparse.Namespace) -> str:
     sampling = options.sampling or ("none" if _rate(options) is None else "poisson")
     named = {"poisson": "ZERO_OUT", "without-replacement": "REPLACE_ONE"}
-    return named.get(sampling, "that of the sensitivity in --noise-multiplier")
+    unit = named.get(sampling, "that of the sensitivity in --noise-multiplier")
+    rows = options.group_rows
+    return unit if rows == 1 else f"{unit}, up to {rows:,} rows of one person (GROUP({rows}))"
 
 
 def _gains(event: Event) -> dict[str, float]:
@@ -208,7 +225,9 @@ def _epsilon(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 def _calibrate(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     _need(options, "epsilon", "delta")
-    target = {"epsilon": options.epsilon, "delta": options.delta}
+    cost = pld.epsilon if options.accountant == "pld" else accounting.epsilon
+    target = {"epsilon": options.epsilon, "delta": options.delta, "cost": cost}
+    width = 1e-4 if options.accountant == "pld" else 1e-6
     find, steps = options.find, options.steps
     if find == "noise-multiplier":
         if options.sampling == "without-replacement":
@@ -218,15 +237,15 @@ def _calibrate(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 raise _Mistake(f"--{name.replace('_', '-')} is what is to be found; leave it out.")
         rate = _rate(options)
         found: float = calibrate.smallest(
-            lambda z: accounting.Repeated(_step(options, z, rate), steps), **target
+            lambda z: accounting.Repeated(_step(options, z, rate), steps), **target, tolerance=width
         )
         event = accounting.Repeated(_step(options, found, rate), steps)
     elif find == "steps":
         step = _step(options, _noise(options), _rate(options))
         found = calibrate.steps(step, **target)
         if found == 0:
-            cost = accounting.epsilon(step, options.delta)
-            raise _Mistake(f"Not one step meets the target: one costs epsilon {cost:.4g}.")
+            one = cost(step, options.delta)
+            raise _Mistake(f"Not one step meets the target: one costs epsilon {one:.4g}.")
         event = accounting.Repeated(step, found)
     else:
         if find == "batch-size":
@@ -236,19 +255,15 @@ def _calibrate(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         def run(rate: float) -> Event:
             return accounting.Repeated(_step(options, noise, rate), steps)
 
-        found = calibrate.largest(run, **target)
-        event = run(found)
         if find == "batch-size":
-            found = math.floor(found * options.records * (1.0 + 1e-12))
-            while found and not (
-                accounting.epsilon(run(found / options.records), options.delta) <= options.epsilon
-            ):
-                found -= 1
-            if found == 0:
-                raise _Mistake("Not even a batch of one record meets the target.")
+            found = calibrate.batch_size(run, records=options.records, **target)
             event = run(found / options.records)
-    reached = accounting.epsilon(event, options.delta)
+        else:
+            found = calibrate.largest(run, **target, tolerance=width)
+            event = run(found)
+    reached = cost(event, options.delta)
     result = {
+        "accountant": options.accountant,
         "find": find,
         "value": found,
         "epsilon": reached,
@@ -263,28 +278,6 @@ def _calibrate(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         f"  {event}",
     ]
     return result, lines
-
-
-def _preflight(parameters: int, batch: int | None) -> dict[str, float]:
-    """Bytes that private training of a model needs, in float32, before activations."""
-    each = 4.0 * parameters
-    needs = {
-        "weights": each,
-        "adam moments": 2.0 * each,
-        "clipped sum": each,
-        "noise": each,
-    }
-    if batch is not None:
-        needs["per-example gradients, if materialised"] = each * batch
-    return needs
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
@@ -314,12 +307,16 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             if q <= 1.0
         ]
     event = accounting.Repeated(base, steps)
-    gains = _gains(event)
+    gains, curve = _gains(event), attacker.trade_off(event, points=41)
     result: dict[str, Any] = {
         "delta": options.delta,
         "event": ledger.to_json(event),
         "tables": {name: [list(row) for row in rows] for name, rows in tables.items()},
         "attacker": gains,
+        "trade_off": {
+            "false_positive_rates": curve.false_positive_rates.tolist(),
+            "true_positive_rates": curve.true_positive_rates.tolist(),
+        },
     }
     lines = [f"{event}, delta = {options.delta:g}"]
     for name, rows in tables.items():
@@ -331,35 +328,18 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         batch = options.batch_size
         if batch is None and rate is not None and options.records is not None:
             batch = math.ceil(rate * options.records)
-        needs = _preflight(count, batch)
+        needs = planning.training_memory(count, batch)
         result["memory_bytes"] = needs
         lines += ["", "Memory in float32, before activations:"]
-        lines += [f"  {name}: {_size(size)}" for name, size in needs.items()]
+        lines += [f"  {name}: {planning.bytes_as_text(size)}" for name, size in needs.items()]
     if options.figure is not None:
-        _draw(tables, options)
+        try:
+            planning.draw(tables, curve, options.figure, delta=options.delta)
+        except ImportError:
+            raise _Mistake("--figure needs matplotlib: install dpfa_jax[demo].") from None
         result["figure"] = options.figure
         lines += ["", f"Figure: {options.figure}"]
     return result, lines
-
-
-def _draw(tables: dict[str, list[tuple[float, float]]], options: argparse.Namespace) -> None:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise _Mistake("--figure needs matplotlib: install the extra dpfa_jax[demo].") from None
-    figure, axes = pyplot.subplots(1, len(tables), figsize=(4 * len(tables), 3), squeeze=False)
-    for axis, (name, rows) in zip(axes[0], tables.items(), strict=True):
-        finite = [(x, y) for x, y in rows if math.isfinite(y)]
-        axis.loglog([x for x, _ in finite], [y for _, y in finite], marker="o")
-        axis.set_xlabel(name)
-        axis.set_ylabel(f"epsilon at delta = {options.delta:g}")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(options.figure)
-    pyplot.close(figure)
 
 
 def _verify(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
@@ -409,6 +389,12 @@ def _parser() -> _Parser:
         default="noise-multiplier",
         help="what to solve for (default noise-multiplier)",
     )
+    solve.add_argument(
+        "--accountant",
+        choices=("rdp", "pld"),
+        default="rdp",
+        help="what the target is met by: the composed bound, or the slower published number",
+    )
     solve.add_argument("--epsilon", type=_number, help="target epsilon")
     solve.add_argument("--delta", type=_number, help="target delta")
 
@@ -450,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example:
       >>> main(["calibrate", "--epsilon", "1", "--delta", "1e-5"])
-      noise-multiplier = 3.7306328
+      noise-multiplier = 3.7306332
         costs epsilon = 1 of 1 at delta = 1e-05, the private side of the bracket
         1 × (Gaussian release, noise multiplier 3.73063, ideal noise)
       0

@@ -46,7 +46,7 @@ LAYERS = (
     "memory.rows memory.history per_example",
     "memory.gaussian_process memory.random_features memory.filtered",
     "memory _flax",
-    "linen nnx optim.account monitoring",
+    "linen nnx optim.account monitoring planning",
     "optim.plan",
     "optim.noise",
     "optim.accumulation",

@@ -8,8 +8,17 @@ import sys
 
 import pytest
 
-from dpfa_jax import accounting, cli
-from dpfa_jax.accounting import Gaussian, Laplace, PoissonSampled, Repeated, ledger
+from dpfa_jax import accounting, cli, planning
+from dpfa_jax.accounting import (
+    Gaussian,
+    Laplace,
+    PoissonSampled,
+    Repeated,
+    attacker,
+    groups,
+    ledger,
+    pld,
+)
 
 RUN = ["--noise-multiplier", "1", "--sampling-rate", "0.01", "--steps", "1000"]
 
@@ -84,6 +93,39 @@ def test_calibrate_finds_the_private_side(capsys):
     assert accounting.epsilon(ledger.from_json(fixed["event"]), 1e-5) <= 2.0
 
 
+def test_calibrate_by_the_loss_distribution_needs_less_noise(capsys):
+    arguments = ["calibrate", "--sampling-rate", "0.05", "--steps", "50", "--epsilon", "2"]
+    arguments += ["--delta", "1e-5"]
+    rdp, loss = (
+        run_json(capsys, *arguments, "--accountant", accountant) for accountant in ("rdp", "pld")
+    )
+    assert loss["value"] < rdp["value"] and loss["accountant"] == "pld"
+    assert pld.epsilon(ledger.from_json(loss["event"]), 1e-5) == loss["epsilon"] <= 2.0
+
+
+def test_groups_and_radius_bits_are_charged(capsys):
+    run_of = ["epsilon", "--noise-multiplier", "4", "--sampling-rate", "0.01", "--delta", "1e-6"]
+    group = run_json(capsys, *run_of, "--group-rows", "3")
+    assert ledger.from_json(group["event"]) == Repeated(
+        groups.grouped(PoissonSampled(Gaussian(4.0), 0.01), 3), 1
+    )
+    assert "GROUP(3)" in group["adjacency"]
+    long = ["--steps", "100000", "--coordinates", "100000000"]
+    assert run_json(capsys, *run_of, *long)["epsilon"] == "inf"
+    assert run_json(capsys, *run_of, *long, "--radius-bits", "64")["epsilon"] < 4.0
+
+
+def test_training_memory_grows_with_the_model_and_the_batch():
+    small, large = planning.training_memory(10**6), planning.training_memory(10**9, 64)
+    assert large["weights"] == 1000 * small["weights"] == 4e9
+    assert large["per-example gradients, if materialised"] == 64 * 4e9
+    assert planning.bytes_as_text(4e9) == "3.725 GiB" and planning.bytes_as_text(5) == "5 B"
+    assert planning.bytes_as_text(1e20).endswith("TiB")
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match="parameters"):
+            planning.training_memory(bad)
+
+
 def test_plan_gives_tables_memory_and_a_figure(capsys, tmp_path):
     picture = tmp_path / "plan.png"
     arguments = ["plan", "--noise-multiplier", "1", "--records", "10000", "--batch-size", "100"]
@@ -95,6 +137,12 @@ def test_plan_gives_tables_memory_and_a_figure(capsys, tmp_path):
     assert found["memory_bytes"]["per-example gradients, if materialised"] == 4e8
     assert picture.stat().st_size > 1000
     assert 0 < found["attacker"]["advantage"] < 1
+    curve = found["trade_off"]
+    event = ledger.from_json(found["event"])
+    for rate, reached in zip(
+        curve["false_positive_rates"], curve["true_positive_rates"], strict=True
+    ):
+        assert reached >= attacker.true_positive_rate(event, rate)
 
 
 def test_verify_recomputes_epsilon_from_the_file(capsys, tmp_path):
@@ -130,6 +178,8 @@ def test_explain_says_what_is_not_protected(capsys):
         (["plan", "--samplingrate", "1"], "--sampling-rate"),
         (["explain", "trainin"], "training"),
         (["epsilon", "--sampling", "poison"], "poisson"),
+        (["epsilon", "--group-row", "2"], "--group-rows"),
+        (["calibrate", "--accountant", "pdl"], "pld"),
     ],
 )
 def test_a_typo_gets_a_guess(capsys, arguments, guess):
@@ -159,6 +209,11 @@ def test_a_typo_gets_a_guess(capsys, arguments, guess):
             "two ways",
         ),
         (["epsilon", "--noise-multiplier", "-1", "--delta", "1e-5"], "noise_multiplier"),
+        (["epsilon", *RUN, "--delta", "1e-5", "--group-rows", "0"], "rows"),
+        (
+            ["epsilon", *RUN, "--delta", "1e-5", "--coordinates", "9", "--radius-bits", "32"],
+            "radius_bits",
+        ),
         (["calibrate", "--epsilon", "1"], "--delta is missing"),
         (["calibrate", "--epsilon", "-1", "--delta", "1e-5"], "epsilon"),
         (["calibrate", *RUN, "--epsilon", "1", "--delta", "1e-5"], "leave it out"),
@@ -192,6 +247,7 @@ def test_random_words_never_raise(capsys, tmp_path):
     rng = random.Random(5)
     flags = ["--noise-multiplier", "--steps", "--sampling", "--sampling-rate", "--batch-size"]
     flags += ["--records", "--capacity", "--coordinates", "--delta", "--epsilon", "--find", "--x"]
+    flags += ["--group-rows", "--radius-bits"]
     words = [
         "1",
         "0",
