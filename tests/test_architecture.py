@@ -31,7 +31,7 @@ LAYERS = (
     " clipping._batch"
     " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels",
     "pallas.triton_gradients clipping.bounded",
-    "clipping.gradients",
+    "clipping.gradients clipping.adaptive",
     "accounting.charge accounting.upward pallas.triton pallas.mosaic_gpu",
     "accounting.state accounting.trace accounting.traced accounting.calibrate accounting.filters"
     " accounting.allocate accounting.ledger accounting.pld accounting.attacker pallas",

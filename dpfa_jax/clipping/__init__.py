@@ -1,5 +1,7 @@
 """The only code that bounds a norm: of rows, of per-example gradients, and who vouches for it."""
 
+from dpfa_jax.clipping.adaptive import adapt_clip_norm as adapt_clip_norm
+from dpfa_jax.clipping.adaptive import threshold_event as threshold_event
 from dpfa_jax.clipping.bounded import contributions as contributions
 from dpfa_jax.clipping.bounded import shrinkage as shrinkage
 from dpfa_jax.clipping.certificate import Clipped as Clipped
