@@ -91,13 +91,50 @@ def test_filter_charges_the_cut_off(make):
 
 def test_filter_refuses_costs_in_delta_it_cannot_carry():
     budget = filters.for_renyi(order=8.0, epsilon=5.0, delta=1e-5)
+    with pytest.raises(NotImplementedError, match="delta"):
+        budget.spend(TruncatedPoissonSampled(Gaussian(1.0), 0.01, 100, 10))
+    # Nothing was set aside for noise that ends: a refusal, not a smaller cost.
     for event in (
         PoissonSampled(Gaussian(1.0, 10), 0.01),
-        TruncatedPoissonSampled(Gaussian(1.0), 0.01, 100, 10),
         SampledWithoutReplacement(9.0, 1.0, 1, 100, 10),
     ):
-        with pytest.raises(NotImplementedError, match="delta"):
+        assert budget.would_exceed(event)
+        with pytest.raises(filters.BudgetExceeded, match="flux"):
             budget.spend(event)
+    wide = filters.for_gdp(epsilon=5.0, delta=1e-5, coordinates=100, radius_bits=64)
+    with pytest.raises(NotImplementedError, match="64 radius bits"):
+        wide.spend(Gaussian(9.0, 10))
+    assert wide.spend(Gaussian(9.0, 10, 64)).spend(Gaussian(9.0)).released == 10
+
+
+def test_filter_charges_sampled_noise_that_ends():
+    target = {"order": 8.0, "epsilon": 5.0, "delta": 1e-5}
+    step = PoissonSampled(Gaussian(1.0, 10**6, 64), 0.01)
+    fresh = filters.for_renyi(**target, coordinates=10**9, radius_bits=64, flux=1e-8)
+    budget = fresh.spend(step, 100)
+    each = 0.01 * gdp.cut_off(1.0, 10**6, radius_bits=64)[1]
+    assert 100 * each <= budget.leaked <= 100 * each * (1 + 1e-6)
+    assert budget.released == 10**8
+    assert fresh.forecast(step) == 1000 and fresh.would_exceed(step, 1001)
+    assert fresh.limit < filters.for_renyi(**target).limit
+    assert fresh.epsilon(1e-5) <= 5.0
+    # What was set aside is what is charged: an ideal filter at the rest of δ has the same limit.
+    left = (1e-5 - 1e-8) * math.exp(-(10**9) * 2.0**-64)
+    assert fresh.epsilon(1e-5) == pytest.approx(
+        filters.Filter("rdp", fresh.limit, order=8.0).epsilon(left), rel=1e-6
+    )
+    narrow = PoissonSampled(Gaussian(1.0, 10**6), 0.01)
+    loose = filters.for_renyi(**target, coordinates=10**9, flux=1e-6)
+    flux = 0.01 * gdp.cut_off(1.0, 10**6)[1]
+    assert loose.forecast(narrow) == min(int(1e-6 / flux), 1000)
+    fixed = SampledWithoutReplacement(9.0, 1.0, 1, 100, 10)
+    assert loose.spend(fixed).leaked >= 0.03 * gdp.cut_off(2 / 9, 10)[1]
+    for flux in (1e-5, 0.9):
+        with pytest.raises(ValueError, match="filter can hold"):
+            filters.for_renyi(**target, coordinates=10**6, flux=flux)
+    for bad in (-1e-9, math.nan, 1.0):
+        with pytest.raises(ValueError, match="flux"):
+            filters.for_renyi(**target, coordinates=10**6, flux=bad)
 
 
 def test_filter_does_not_mix_adjacencies():

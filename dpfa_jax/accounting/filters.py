@@ -34,8 +34,11 @@ class Filter:
       limit: the whole budget in the currency (μ² for "gdp"), ≥ 0.
       order: α of "rdp", fixed in advance; ∞ otherwise.
       coordinates: how many noisy scalars may be released in all; their cut-off is part of the δ.
+      radius_bits: of that noise; releases with fewer are refused.
+      flux: δ that the cut-offs of sampled releases may take in all, in [0, 1).
       spent: of the budget.
       released: of the coordinates.
+      leaked: of the flux.
       adjacency: what the sampled releases so far need, "" if there were none.
 
     Guarantee: FI1 (filters.md).
@@ -45,8 +48,11 @@ class Filter:
     limit: float
     order: float = math.inf
     coordinates: int = 0
+    radius_bits: int = gdp.RADIUS_BITS
+    flux: float = 0.0
     spent: float = 0.0
     released: int = 0
+    leaked: float = 0.0
     adjacency: str = ""
 
     def __post_init__(self):
@@ -54,7 +60,10 @@ class Filter:
         _check.real("limit", self.limit, low=0)
         _check.real("spent", self.spent, low=0)
         _check.integer("coordinates", self.coordinates, low=0)
+        _check.integer("radius_bits", self.radius_bits, low=gdp.RADIUS_BITS, high=128)
+        _check.real("flux", self.flux, low=0, high=1, open_high=True)
         _check.integer("released", self.released, low=0)
+        _check.real("leaked", self.leaked, low=0)
         if self.currency == "rdp":
             rdp.check_orders(self.order)
 
@@ -68,18 +77,22 @@ class Filter:
           Upper bound, ∞ where the currency cannot express it.
 
         Raises:
-          NotImplementedError: for noise that ends inside a random sample, truncated or of fixed
-            size: a filter pays for noise that ends only where no sampling hides it.
+          NotImplementedError: for a truncated Poisson sample, whose overflow costs a delta that
+            grows with epsilon, and for noise of fewer radius bits than the filter's.
 
         Guarantee: FI1 (filters.md).
         """
         for leaf in events_lib.leaves(event):
-            sampled = isinstance(leaf, events_lib.PoissonSampled) and leaf.event.coordinates
-            fixed = isinstance(leaf, events_lib.SampledWithoutReplacement) and leaf.coordinates
-            if sampled or fixed or isinstance(leaf, events_lib.TruncatedPoissonSampled):
+            if isinstance(leaf, events_lib.TruncatedPoissonSampled):
                 raise NotImplementedError(
                     f"{leaf} has a cost in delta that a filter does not carry. Fix the number of "
                     "steps in advance and use accounting.epsilon."
+                )
+            scalars, bits = _ending(leaf)
+            if scalars and bits < self.radius_bits:
+                raise NotImplementedError(
+                    f"Expected noise of at least {self.radius_bits} radius bits, which this filter "
+                    f"charges for, got {bits} in {leaf}."
                 )
         profile = charge.profile_of(event)
         if self.currency == "gdp":
@@ -113,10 +126,15 @@ class Filter:
         price = self.cost(event)
         spent = (self.spent + charge.times(count, price)) * _UP if price else self.spent
         released = self.released + count * _coordinates(event)
-        if not (spent <= self.limit and released <= self.coordinates):
+        leak = _leak(event)
+        leaked = (self.leaked + charge.times(count, leak)) * _UP if leak else self.leaked
+        fits = spent <= self.limit and released <= self.coordinates and leaked <= self.flux
+        if not fits:
             return None
         unit = events_lib.adjacency_of(event, self.adjacency)
-        return dataclasses.replace(self, spent=spent, released=released, adjacency=unit)
+        return dataclasses.replace(
+            self, spent=spent, released=released, leaked=leaked, adjacency=unit
+        )
 
     def spend(self, event: Event, count: int = 1) -> "Filter":
         """The filter after a release; call it *before* releasing.
@@ -138,7 +156,8 @@ class Filter:
             raise BudgetExceeded(
                 f"{count} × ({event}) would cost more than is left: {self.cost(event):.4g} each of "
                 f"{self.remaining:.4g} {self.currency}, {_coordinates(event):,} coordinates each "
-                f"of {self.coordinates - self.released:,}."
+                f"of {self.coordinates - self.released:,}, a flux of {_leak(event):.3g} each of "
+                f"{max(self.flux - self.leaked, 0.0):.3g}."
             )
         return after
 
@@ -183,8 +202,12 @@ class Filter:
         tolerance = _check.real("delta", delta, low=0, high=1, open_high=True)
         if self.coordinates:
             mu = self._largest_mu()
-            log_factor, flux = gdp.cut_off(mu, min(self.coordinates, 1 << 60))
-            tolerance = (tolerance - flux) * math.exp(-min(log_factor, 700.0)) * (1.0 - 2.0**-48)
+            scalars = min(self.coordinates, 1 << 60)
+            log_factor, flux = gdp.cut_off(mu, scalars, radius_bits=self.radius_bits)
+            if not flux < 1.0:
+                return math.inf
+            flux += self.flux * math.exp(log_factor) * _UP
+            tolerance = (tolerance - flux) * math.exp(-log_factor) * (1.0 - 2.0**-48)
             if not tolerance > 0.0:
                 return math.inf
         if self.currency == "gdp":
@@ -201,12 +224,28 @@ class Filter:
         return math.sqrt(self.limit / per_mu_squared) * _UP
 
 
+def _ending(leaf: Event) -> tuple[int, int]:
+    """(coordinates, radius_bits) of a leaf's noise that ends."""
+    match leaf:
+        case events_lib.Gaussian() | events_lib.SampledWithoutReplacement():
+            return leaf.coordinates, leaf.radius_bits
+        case events_lib.PoissonSampled():
+            return leaf.event.coordinates, leaf.event.radius_bits
+    return 0, 0
+
+
 def _coordinates(event: Event) -> int:
-    return sum(
-        count * leaf.coordinates
+    return sum(count * _ending(leaf)[0] for leaf, count in events_lib.leaves(event).items())
+
+
+def _leak(event: Event) -> float:
+    """Flux of the sampled releases; that of plain ones is charged for all coordinates at once."""
+    fluxes = (
+        charge.times(count, charge.profile_of(leaf).flux)
         for leaf, count in events_lib.leaves(event).items()
-        if isinstance(leaf, events_lib.Gaussian)
+        if not isinstance(leaf, events_lib.Gaussian)
     )
+    return sum(fluxes) * _UP
 
 
 def _zcdp_of(leaf: Event) -> float:
@@ -225,13 +264,16 @@ def _zcdp_of(leaf: Event) -> float:
     return math.inf
 
 
-def for_gdp(*, epsilon: float, delta: float, coordinates: int = 0) -> Filter:
+def for_gdp(
+    *, epsilon: float, delta: float, coordinates: int = 0, radius_bits: int = gdp.RADIUS_BITS
+) -> Filter:
     """A GDP filter whose whole run is (ε, δ)-DP: √Σμ² of Gaussian releases.
 
     Args:
       epsilon: target, nats, in [0, ∞).
       delta: target, in (0, 1).
       coordinates: noisy scalars that the run may release in all.
+      radius_bits: of their noise, as in `Gaussian`.
 
     Returns:
       A fresh filter on the private side of the target.
@@ -247,16 +289,20 @@ def for_gdp(*, epsilon: float, delta: float, coordinates: int = 0) -> Filter:
       >>> budget.forecast(events_lib.Gaussian(37.306316349))
       100
     """
-    return _for_target(Filter("gdp", 0.0, coordinates=coordinates), epsilon, delta)
+    start = Filter("gdp", 0.0, coordinates=coordinates, radius_bits=radius_bits)
+    return _for_target(start, epsilon, delta)
 
 
-def for_zcdp(*, epsilon: float, delta: float, coordinates: int = 0) -> Filter:
+def for_zcdp(
+    *, epsilon: float, delta: float, coordinates: int = 0, radius_bits: int = gdp.RADIUS_BITS
+) -> Filter:
     """A zCDP filter whose whole run is (ε, δ)-DP: Σρ.
 
     Args:
       epsilon: target, nats, in [0, ∞).
       delta: target, in (0, 1).
       coordinates: noisy scalars that the run may release in all.
+      radius_bits: of their noise, as in `Gaussian`.
 
     Returns:
       A fresh filter on the private side of the target.
@@ -267,10 +313,19 @@ def for_zcdp(*, epsilon: float, delta: float, coordinates: int = 0) -> Filter:
     Guarantee: FI1 (filters.md).
     Source: Feldman and Zrnic 2021, arXiv:2008.11193, Theorem 4.4 (all orders at once).
     """
-    return _for_target(Filter("zcdp", 0.0, coordinates=coordinates), epsilon, delta)
+    start = Filter("zcdp", 0.0, coordinates=coordinates, radius_bits=radius_bits)
+    return _for_target(start, epsilon, delta)
 
 
-def for_renyi(*, order: float, epsilon: float, delta: float, coordinates: int = 0) -> Filter:
+def for_renyi(
+    *,
+    order: float,
+    epsilon: float,
+    delta: float,
+    coordinates: int = 0,
+    radius_bits: int = gdp.RADIUS_BITS,
+    flux: float = 0.0,
+) -> Filter:
     """An RDP filter at one order fixed in advance, whose whole run is (ε, δ)-DP.
 
     Args:
@@ -278,6 +333,9 @@ def for_renyi(*, order: float, epsilon: float, delta: float, coordinates: int = 
       epsilon: target, nats, in [0, ∞).
       delta: target, in (0, 1).
       coordinates: noisy scalars that the run may release in all.
+      radius_bits: of their noise, as in `Gaussian`.
+      flux: part of delta set aside for the cut-offs of sampled releases with coordinates, in
+        [0, delta): a thousandth of it is plenty with 64 radius bits.
 
     Returns:
       A fresh filter on the private side of the target.
@@ -288,7 +346,14 @@ def for_renyi(*, order: float, epsilon: float, delta: float, coordinates: int = 
     Guarantee: FI1 (filters.md).
     Source: Feldman and Zrnic 2021, arXiv:2008.11193, Theorem 4.3.
     """
-    start = Filter("rdp", 0.0, order=float(rdp.check_orders(order)[0]), coordinates=coordinates)
+    start = Filter(
+        "rdp",
+        0.0,
+        order=float(rdp.check_orders(order)[0]),
+        coordinates=coordinates,
+        radius_bits=radius_bits,
+        flux=flux,
+    )
     return _for_target(start, epsilon, delta)
 
 
