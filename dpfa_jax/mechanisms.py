@@ -32,7 +32,9 @@ type Wide = tuple[jax.Array, jax.Array]  # a 64-bit integer as (high, low) uint3
 
 
 def _own_key(rng: jax.Array, *operands: jax.Array) -> jax.Array:
-    return random.wrap_key_data(_primitives.stream_key(random.key_data(rng), *operands))
+    data = random.key_data(rng)
+    _primitives.refuse_constant(rng, "Pass the key as an argument of that function.")
+    return random.wrap_key_data(_primitives.stream_key(data, *operands))
 
 
 def _words(rng: jax.Array, shape: tuple[int, ...], count: int) -> list[jax.Array]:

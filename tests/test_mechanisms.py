@@ -430,3 +430,16 @@ def test_exponential_reads_many_blocks():
     assert (drawn == 150_001).mean() > 0.5
     with pytest.raises(ValueError, match="65536"):
         draw(np.zeros(70_000), score_bound=1.0)
+
+
+def test_samplers_refuse_a_key_that_is_a_constant_of_a_jitted_function():
+    key = jax.random.key(0)
+    for sampler, value in (
+        (functools.partial(mechanisms.gaussian, noise_std=1.0), jnp.zeros(2)),
+        (functools.partial(mechanisms.laplace, noise_scale=1.0), jnp.zeros(2)),
+        (functools.partial(mechanisms.discrete_gaussian, noise_std=1.0), jnp.zeros(2, jnp.int32)),
+    ):
+        with pytest.raises(ValueError, match="an argument of the function being traced"):
+            jax.jit(lambda x, f=sampler: f(key, x))(value)
+        assert jax.jit(sampler)(key, value).shape == (2,)
+        assert jax.vmap(functools.partial(sampler, key))(value).shape == (2,)

@@ -202,13 +202,13 @@ def test_memory_forks_share_noise_only_as_long_as_they_ask_the_same(create):
 
 @both
 def test_memory_is_charged_once_at_its_creation(create):
-    def life(key, value, queries):
-        memory = create(key, value, rng=KEY)
+    def life(key, value, queries, rng):
+        memory = create(key, value, rng=rng)
         step = lambda memory, query: memory.attend(query)[::-1]  # noqa: E731
         return jax.lax.scan(step, memory, queries)[1]
 
     queries = jax.ShapeDtypeStruct((100, 1, 2, 3), jnp.float32)
-    event = accounting.events(life, *ROWS, queries)
+    event = accounting.events(life, *ROWS, queries, KEY)
     memory = create(*ROWS, rng=KEY)
     assert event == memory.event
     # Six queries of two heads, with two value columns and the denominator's.
@@ -223,13 +223,19 @@ def test_memory_is_charged_once_at_its_creation(create):
 
 
 @both
+def test_memory_refuses_a_key_that_is_a_constant_of_a_jitted_function(create):
+    with pytest.raises(ValueError, match="an argument of the function being traced"):
+        jax.jit(lambda key: create(key, ROWS[1], rng=KEY).attend(QUERY)[0])(ROWS[0])
+
+
+@both
 def test_memory_vmaps_over_memories_with_noise_of_their_own(create):
     keys = jnp.stack([ROWS[0], ROWS[0]])
 
-    def life(key):
-        return create(key, ROWS[1], rng=KEY).attend(QUERY)
+    def life(key, rng):
+        return create(key, ROWS[1], rng=rng).attend(QUERY)
 
-    answers, memories = jax.jit(jax.vmap(life))(keys)
+    answers, memories = jax.jit(jax.vmap(life, (0, None)))(keys, KEY)
     assert (np.abs(np.asarray(answers[0]) - answers[1]) > 1e-3).mean() > 0.9
     with pytest.raises(ValueError, match="a stack of them"):
         memories.attend(QUERY)

@@ -109,7 +109,7 @@ def test_random_feature_memory_moves_by_at_most_the_clip_norm_and_as_much(size):
 
 def test_random_feature_memory_is_charged_once():
     noise = RandomFeatures(noise_multiplier=2.0, value_bound=1.0, key_bound=1.0, features=5)
-    event = accounting.events(lambda *rows: release(*rows, mechanism=noise), *ROWS)
+    event = accounting.events(lambda k, v, rng: release(k, v, rng=rng, mechanism=noise), *ROWS, KEY)
     memory = release(*ROWS, mechanism=noise)
     assert event == memory.event == accounting.Gaussian(2.0, 2 * 2 * 5 * 3)
     assert accounting.events(memory.attend, QUERY) == accounting.NoRelease()

@@ -86,8 +86,8 @@ def life():
     )
 
     @jax.jit
-    def run(key, value, queries):
-        memory = FilteredMemory.create(key, value, mechanism=noise, rng=KEY, capacity=12, scale=1.0)
+    def run(key, value, queries, rng):
+        memory = FilteredMemory.create(key, value, mechanism=noise, rng=rng, capacity=12, scale=1.0)
 
         def attend(memory, query):
             answer, memory = memory.attend(query)
@@ -96,7 +96,7 @@ def life():
         memory, answers = jax.lax.scan(attend, memory, queries)
         return 10 * answers, memory.state.private_spent
 
-    return run
+    return functools.partial(run, rng=KEY)
 
 
 def test_filtered_memory_moves_by_at_most_the_clip_norm_over_all_its_answers():

@@ -120,6 +120,7 @@ class GaussianProcessMemory:
             raise TypeError(f"Expected mechanism to be GaussianProcessNoise, got {mechanism!r}.")
         capacity = _check.integer("capacity", capacity, low=1)
         data = random.key_data(rng)
+        _primitives.refuse_constant(rng, "Pass the key as an argument of that function.")
         key, value, log_weights = rows.records(key, value)
         call = rows.lifetime(key, value, capacity)
         scale = call.query_dim**-0.5 if scale is None else scale

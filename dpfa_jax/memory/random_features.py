@@ -278,6 +278,7 @@ class RandomFeatureMemory:
         scale = width**-0.5 if scale is None else scale
         scale = _check.real("scale", scale, low=0, open_low=True)
         settings = _Settings(mechanism, scale, keys, kv_heads, width, value.shape[2])
+        _primitives.refuse_constant(rng, "Pass the key as an argument of that function.")
         data = _primitives.stream_key(data, key, value, log_weights)
         shape = (mechanism.features, width)
         frequencies = random.normal(random.wrap_key_data(public), shape) * math.sqrt(scale)
