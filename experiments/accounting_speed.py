@@ -4,9 +4,10 @@
     python experiments/accounting_speed.py --smoke    the same questions on small sizes
 
 Three questions: ε of a history of many different steps, the first time and after one more step;
-calibrating a training run's noise to a relative 1e-4, by our RDP curve and by dp_accounting's PLD;
-and ε of one training run by both. Every timed answer is checked first: the history's ε against a
-plain sum of its curves, the calibrated noise against its target, PLD against RDP.
+calibrating a training run's noise to a relative 1e-4, by our RDP curve, by loss distributions
+between our brackets, and by dp_accounting's own calibration; and ε of one training run by both.
+Every timed answer is checked first: the history's ε against a plain sum of its curves, the
+calibrated noise against its target, PLD against RDP.
 """
 
 import argparse
@@ -58,6 +59,7 @@ SMOKE = Settings(
     distinct_plain=50,
     distinct_sampled=3,
     training_steps=100,
+    tolerance=1e-2,
     repeats=1,
     rival_calibration=False,
 )
@@ -135,6 +137,27 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
         {
             "question": "calibration by RDP",
             "noise_multiplier": noise,
+            "tolerance": settings.tolerance,
+            "seconds": first,
+        }
+    )
+
+    def by_loss() -> float:
+        return calibrate.smallest(
+            run,
+            epsilon=settings.epsilon,
+            delta=settings.delta,
+            tolerance=settings.tolerance,
+            cost=pld.epsilon,
+        )
+
+    less, first, _ = timed(by_loss, 1)
+    if not (pld.epsilon(run(less), settings.delta) <= settings.epsilon and less <= noise):
+        raise SystemExit("the noise calibrated by loss distributions misses its target")
+    metrics.append(
+        {
+            "question": "calibration by loss distributions",
+            "noise_multiplier": less,
             "tolerance": settings.tolerance,
             "seconds": first,
         }
