@@ -405,17 +405,28 @@ def backward(
       tile: how to cut the kernels.
 
     Returns:
-      (d query, d key, d value, d log_weights, None), float32, in the operands' shapes.
+      (d query, d key, d value, d log_weights, None) in the operands' shapes, in the operands' dtype
+      where a kernel writes the whole sum, else in float32.
     """
     given = operands
     operands, bias = _fold_masks(operands, spec)
     plan = _plan(operands, spec, tiling.backward_tile, tile)
     clean, mass, factor, best = residuals
-    # Forward gives these queries a factor of 0 or below.
-    dead = jnp.any(factor <= 0, axis=(1, 2)).astype(jnp.int32)[:, None]
+    flags = operands.flags
+    if flags is not None:
+        # Forward gives a factor of 0 or below to queries that are not finite.
+        dead = jnp.any(factor <= 0, axis=(1, 2)).astype(jnp.int32)[:, None]
+        flags = jnp.broadcast_to(flags, (dead.shape[0], flags.shape[1]))
+        flags = jnp.concatenate([flags, dead], axis=1)
     d_ratio, inverse, delta = _coefficients(spec, clean, mass, factor, cotangent)
-    # Products with 1/D in float16 could overflow where D is small; here it is a float32 factor.
+    rows = [("delta", delta)]
+    if plan.divides:
+        rows.append(("inverse", inverse))
+    else:
+        d_ratio = d_ratio * jnp.swapaxes(inverse, 1, 2)[..., None]
+        rows = [("delta", delta * inverse)]
     d_ratio = d_ratio.astype(plan.dtype)
+    rows += [("best", best)] if plan.online else []
     batch, queries, heads, _ = operands.query.shape
     keys, kv_heads = operands.key.shape[1:3]
     row_shape = (batch, heads, queries)
@@ -424,14 +435,13 @@ def backward(
     inputs = _arguments(plan, operands, bias, by_key=False)
     block = (None, plan.tile.block_q, None, value_pad)
     inputs.append(_Argument("cotangent", d_ratio, block, lambda i, h, b: (b, i, h, 0), cut=1))
-    rows = [("inverse", inverse), ("delta", delta)] + ([("best", best)] if plan.online else [])
     inputs += [_rows(name, plan, row_shape, array) for name, array in rows]
-    shape = (operands.query.shape, jnp.float32)
+    shape = (operands.query.shape, operands.query.dtype)
     block = (None, plan.tile.block_q, None, key_pad)
     outputs = [_Argument("d_query", shape, block, lambda i, h, b: (b, i, h, 0), cut=1)]
     grid = (-(-queries // plan.tile.block_q), heads, batch)
     kernel = triton_gradients.query_gradient_kernel
-    found = _call(kernel, plan, grid, inputs, outputs, operands.flags)
+    found = _call(kernel, plan, grid, inputs, outputs, flags)
 
     padded_queries = _round_up(queries, plan.tile.block_q)
     inputs = _arguments(plan, operands, bias, by_key=True)
@@ -442,8 +452,13 @@ def backward(
         for name, array in rows
     ]
     outputs = _key_outputs(plan, batch, keys, kv_heads, ("d_key", "d_value", "d_bias"))
+    if given.key.shape[0] == batch:
+        kinds = (given.key.dtype, given.value.dtype, jnp.float32)
+        outputs = [
+            dataclasses.replace(output, array=(output.array[0], kind))
+            for output, kind in zip(outputs, kinds, strict=True)
+        ]
     grid = (-(-keys // plan.tile.block_k), kv_heads, batch)
-    flags = None if operands.flags is None else dead
     found |= _call(triton_gradients.key_gradient_kernel, plan, grid, inputs, outputs, flags)
 
     def joined(array):

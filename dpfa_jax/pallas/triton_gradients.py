@@ -6,11 +6,13 @@ from jax.experimental import pallas as pl
 
 from dpfa_jax.pallas import blocks, tiling
 from dpfa_jax.pallas.triton_kernels import (
+    LANES,
     Plan,
     allowed_pairs,
     finite,
     finite_rows,
     pair_weights,
+    partial_sums,
 )
 
 
@@ -24,11 +26,16 @@ def query_gradient_kernel(plan: Plan, place, refs):
     everything = (own, slice(None))
     query_ok = blocks.inside(tile.block_q, start, tail, key_pad, plan.key_width)
     out_ok = blocks.inside(tile.block_q, start, tail, value_pad, plan.value_width)
-    known, query = finite_rows(blocks.load(refs["query"], everything, query_ok))
+    query = blocks.load(refs["query"], everything, query_ok)
+    known = None
+    if plan.repairs:
+        known, query = finite_rows(query)
     cotangent = blocks.load(refs["cotangent"], everything, out_ok)
     queries = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
     row_ok = None if tail is None else queries < tail
-    inverse = blocks.load(refs["inverse"], (own,), row_ok)
+    inverse = None
+    if plan.divides:
+        inverse = blocks.load(refs["inverse"], (own,), row_ok)[:, None]
     delta = blocks.load(refs["delta"], (own,), row_ok)
     best = None
     if plan.online:
@@ -50,13 +57,14 @@ def query_gradient_kernel(plan: Plan, place, refs):
         allowed = allowed_pairs(plan, start, key_start, masked, refs)
         weights, free = pair_weights(plan, score, refs["bias"][keys][None, :], best, allowed)
         d_weights = blocks.dot(cotangent, value, transpose_b=True) - delta[:, None]
-        d_score = (weights * inverse[:, None]) * d_weights
+        d_score = (weights if inverse is None else weights * inverse) * d_weights
         if free is not None:
             d_score = jnp.where(free, d_score, 0.0)
         return total + blocks.dot(blocks.narrow(d_score, plan.dtype, plan.fast), key)
 
     total = blocks.sweep(runs, step, jnp.zeros((tile.block_q, key_pad), jnp.float32))
-    total = jnp.where(known[:, None], total, 0.0)
+    if known is not None:
+        total = jnp.where(known[:, None], total, 0.0)
     blocks.store(refs["d_query"], everything, total * plan.spec.scale, query_ok)
 
 
@@ -68,7 +76,8 @@ def _key_block(plan: Plan, place, refs):
     key_pad = tiling.padded(plan.key_width)
     limit = plan.keys if plan.keys % tile.block_k else None
     key_ok = blocks.inside(tile.block_k, start, limit, key_pad, plan.key_width)
-    key = finite(blocks.load(refs["key"], (own, slice(None)), key_ok))
+    key = blocks.load(refs["key"], (own, slice(None)), key_ok)
+    key = finite(key) if plan.repairs else key
     left, right = plan.sides
     runs = tiling.sections(start, tile.block_k, tile.block_q, plan.queries, right, left)
     bias = refs["bias"][own][:, None]
@@ -97,14 +106,14 @@ def key_gradient_kernel(plan: Plan, place, refs):
     key_pad, value_pad = tiling.padded(plan.key_width), tiling.padded(plan.value_width)
     limit = plan.keys if plan.keys % tile.block_k else None
     value_ok = blocks.inside(tile.block_k, start, limit, value_pad, plan.value_width)
-    value = finite(blocks.load(refs["value"], (own, slice(None)), value_ok))
+    value = blocks.load(refs["value"], (own, slice(None)), value_ok)
+    value = finite(value) if plan.repairs else value
 
     def step(tile_index, carry, masked, member):
         d_key, d_value, d_bias = carry
         row, rows, tail, row_ok, query = _query_tile(plan, refs, tile_index, member, masked)
         out_ok = blocks.inside(tile.block_q, row, tail, value_pad, plan.value_width)
         cotangent = blocks.load(refs["cotangent"], (rows, member, slice(None)), out_ok)
-        inverse = blocks.load(refs["inverse"], (member, rows), row_ok)
         delta = blocks.load(refs["delta"], (member, rows), row_ok)
         best = None
         if plan.online:
@@ -112,11 +121,12 @@ def key_gradient_kernel(plan: Plan, place, refs):
         score = blocks.dot(key, query, transpose_b=True)
         allowed = allowed_pairs(plan, row, start, masked, refs, keys_first=True, member=member)
         weights, free = pair_weights(plan, score, bias, best, allowed)
-        weights = weights * inverse[None, :]
+        if plan.divides:
+            weights *= blocks.load(refs["inverse"], (member, rows), row_ok)[None, :]
         d_value += blocks.dot(blocks.narrow(weights, plan.dtype, plan.fast), cotangent)
         d_weights = blocks.dot(value, cotangent, transpose_b=True) - delta[None, :]
         d_level = weights * d_weights
-        d_bias += jnp.sum(d_level, axis=1)
+        d_bias += partial_sums(d_level)
         if free is not None:
             d_level = jnp.where(free, d_level, 0.0)
         d_key += blocks.dot(blocks.narrow(d_level, plan.dtype, plan.fast), query)
@@ -125,7 +135,7 @@ def key_gradient_kernel(plan: Plan, place, refs):
     zero = (
         jnp.zeros((tile.block_k, key_pad), jnp.float32),
         jnp.zeros((tile.block_k, value_pad), jnp.float32),
-        jnp.zeros((tile.block_k,), jnp.float32),
+        jnp.zeros((tile.block_k, LANES), jnp.float32),
     )
 
     def member_step(member, carry):
@@ -137,7 +147,7 @@ def key_gradient_kernel(plan: Plan, place, refs):
     d_key, d_value, d_bias = lax.fori_loop(jnp.int32(0), jnp.int32(plan.group), member_step, zero)
     blocks.store(refs["d_key"], (own, slice(None)), d_key * plan.spec.scale, key_ok)
     blocks.store(refs["d_value"], (own, slice(None)), d_value, value_ok)
-    blocks.store(refs["d_bias"], (own,), d_bias, None)
+    blocks.store(refs["d_bias"], (own,), jnp.sum(d_bias, axis=1), None)
 
 
 def column_kernel(plan: Plan, place, refs):

@@ -21,7 +21,7 @@ SHIFT = 15
 """Powers of two by which float16 weights, which know few exponents, are raised."""
 
 LANES = 8
-"""Partial sums of one row's weights: as many columns as a warp's thread holds two of."""
+"""Columns of partial sums of a block's rows; a thread adds up its own without asking others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,14 @@ class Plan:
         return self.fast and self.hopper and narrow and not self.compensated
 
     @property
+    def divides(self) -> bool:
+        """Whether gradients divide by the denominators in float32, weight by weight.
+
+        Else the answer's cotangents carry the division: in float16 those could overflow.
+        """
+        return self.dtype == jnp.float16
+
+    @property
     def shift(self) -> int:
         """Powers of two by which the forward kernel's weights are raised."""
         return SHIFT if self.dtype == jnp.float16 else 0
@@ -157,6 +165,11 @@ def allowed_pairs(plan: Plan, row, key, masked, refs, *, keys_first=False, membe
         seen = jnp.broadcast_to(seen, (tile.block_q, tile.block_k))
         allowed = both(seen.T if keys_first else seen)
     return allowed
+
+
+def partial_sums(block):
+    """Sums along the rows of a block in `LANES` columns."""
+    return jnp.sum(block.reshape(block.shape[0], -1, LANES), axis=1)
 
 
 def finite(rows):
@@ -260,8 +273,7 @@ def forward_kernel(plan: Plan, place, refs):
             # Below the normal numbers rounding could double a weight.
             weights = jnp.where(weights < 2.0**-14, 0.0, weights)
         weights = blocks.narrow(weights, plan.dtype, plan.fast)
-        lanes = blocks.widen(weights, plan.fast).reshape(-1, tile.block_k // LANES, LANES)
-        return weights, jnp.sum(lanes, axis=1)
+        return weights, partial_sums(blocks.widen(weights, plan.fast))
 
     def capped(tile_index, carry, masked):
         part, total = carry

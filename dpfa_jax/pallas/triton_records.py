@@ -13,23 +13,33 @@ from jax.experimental.pallas import triton as plgpu
 from dpfa_jax import _primitives
 from dpfa_jax.pallas import blocks, tiling
 
-_WARPS = 4
+_ROWS = 16
+_TOGETHER = (4, 2, 1)
+"""Heads whose rows are fetched at once, the first that divides their number."""
 
 
-def _inspect(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which rows are finite, and the logarithm of their norms, −∞ for a row of zeros."""
-    rows = rows.astype(jnp.float32)
-    sizes = jnp.abs(rows)
-    finite = jnp.max(jnp.where(sizes < jnp.inf, 0, 1), axis=1) == 0
-    largest = jnp.max(sizes, axis=1)
-    # Powers of two, so that no square leaves the range of float32; as in `clipping.log_row_norms`.
-    power = jnp.where(largest > 2.0**60, -100.0, jnp.where(largest < 2.0**-60, 100.0, 0.0))
+_INFINITE = 0x7F800000
+
+
+def _largest(rows: jax.Array) -> jax.Array:
+    """The bits of each row's largest magnitude; `_INFINITE` or more if it is not finite."""
+    magnitude = lax.bitcast_convert_type(rows, jnp.int32) & jnp.int32(0x7FFFFFFF)
+    return jnp.max(magnitude, axis=1)
+
+
+def _log_norms(rows: jax.Array, largest: jax.Array) -> jax.Array:
+    """Logarithms of the norms, −∞ for a row of zeros.
+
+    Scaled by powers of two, so that no square leaves the range of float32, as in
+    `clipping.log_row_norms`.
+    """
+    size = lax.bitcast_convert_type(largest, jnp.float32)
+    power = jnp.where(size > 2.0**60, -100.0, jnp.where(size < 2.0**-60, 100.0, 0.0))
     unit = jnp.where(power < 0, 2.0**-100, jnp.where(power > 0, 2.0**100, 1.0))
     scaled = rows * unit[:, None]
     square = jnp.sum(scaled * scaled, axis=1)
-    used = largest > 0
-    log_norm = 0.5 * jnp.log(jnp.where(used, square, 1.0)) - power * math.log(2.0)
-    return finite, jnp.where(used, log_norm, -jnp.inf)
+    log_norm = 0.5 * jnp.log(jnp.where(largest > 0, square, 1.0)) - power * math.log(2.0)
+    return jnp.where(largest > 0, log_norm, -jnp.inf)
 
 
 def _kernel(rows, length, heads, widths, log_bound, program, key, value, weights, flags):
@@ -38,36 +48,42 @@ def _kernel(rows, length, heads, widths, log_bound, program, key, value, weights
     position = start + lax.broadcasted_iota(jnp.int32, (rows,), 0)
     inside = None if length % rows == 0 else position < length
     limit = None if inside is None else length
+    together = next(count for count in _TOGETHER if heads % count == 0)
 
-    def head_step(head, bad):
-        finite = []
-        log_weight = jnp.zeros((rows,), jnp.float32)
-        for ref, width in ((key, widths[0]), (value, widths[1])):
-            allowed = blocks.inside(rows, start, limit, tiling.padded(width), width)
-            block = blocks.load(ref, (slice(None), head, slice(None)), allowed)
-            known, log_norm = _inspect(block)
-            finite.append(known)
-            if ref is value and log_bound is not None:
-                log_weight = jnp.minimum(0.0, log_bound - log_norm)
-        blocks.store(weights, (head, slice(None)), log_weight, inside)
-        return bad | jnp.where(finite[0] & finite[1], 0, 1)
+    def fetch(ref, head, width):
+        allowed = blocks.inside(rows, start, limit, tiling.padded(width), width)
+        return blocks.load(ref, (slice(None), head, slice(None)), allowed)
 
-    bad = lax.fori_loop(jnp.int32(0), jnp.int32(heads), head_step, jnp.zeros((rows,), jnp.int32))
-    plgpu.store(flags.at[pl.ds(0, 1)], jnp.broadcast_to(jnp.max(bad), (1,)))
+    def step(group, worst):
+        at = [group * together + index for index in range(together)]
+        # All loads before any use of one: they are in flight together.
+        found = [(fetch(key, head, widths[0]), fetch(value, head, widths[1])) for head in at]
+        for head, pair in zip(at, found, strict=True):
+            key_rows, value_rows = (block.astype(jnp.float32) for block in pair)
+            largest = _largest(value_rows)
+            worst = jnp.maximum(worst, jnp.maximum(_largest(key_rows), largest))
+            log_weight = jnp.zeros((rows,), jnp.float32)
+            if log_bound is not None:
+                log_weight = jnp.minimum(0.0, log_bound - _log_norms(value_rows, largest))
+            blocks.store(weights, (head, slice(None)), log_weight, inside)
+        return worst
+
+    groups, none = jnp.int32(heads // together), jnp.zeros((rows,), jnp.int32)
+    null = lax.fori_loop(jnp.int32(0), groups, step, none) >= _INFINITE
+    flag = jnp.max(jnp.where(null, 1, 0))
+    plgpu.store(flags.at[pl.ds(0, 1)], jnp.broadcast_to(flag, (1,)))
 
     def null_step(head, carry):
-        lost = bad != 0 if inside is None else (bad != 0) & inside
+        lost = null if inside is None else null & inside
         blocks.store(weights, (head, slice(None)), jnp.full((rows,), -jnp.inf), lost)
         return carry
 
-    count = jnp.where(jnp.max(bad) != 0, jnp.int32(heads), jnp.int32(0))
-    lax.fori_loop(jnp.int32(0), count, null_step, jnp.int32(0))
+    lax.fori_loop(jnp.int32(0), flag * heads, null_step, jnp.int32(0))
 
 
 def _run(key: jax.Array, value: jax.Array, bound: float | None) -> tuple[jax.Array, jax.Array]:
     memories, length, heads, _ = key.shape
-    rows = 32 if memories * length >= 1 << 14 else 16
-    count = -(-length // rows)
+    rows, count = _ROWS, -(-length // _ROWS)
     key, value = _primitives.vary_alike(key, value)
     manual = jax.typeof(key).manual_axis_type
 
@@ -111,7 +127,7 @@ def _run(key: jax.Array, value: jax.Array, bound: float | None) -> tuple[jax.Arr
                 shape(memories, heads, length, dtype=jnp.float32),
                 shape(memories, count, dtype=jnp.int32),
             ],
-            compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
             interpret=not fast,
             name=kernel.__name__,
         )(key, value)
