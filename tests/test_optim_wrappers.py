@@ -333,14 +333,16 @@ def test_accumulate_takes_the_largest_clip_norm_of_its_microbatches():
 
 
 def test_accumulate_takes_static_clip_norms_that_change_between_calls():
-    tx = optim.accumulate(private(), 2)
-    state = tx.init(PARAMS)
-    for norm in (4.0, 1.0):
-        c = certificate(PARAMS, norm)
-        updates, state = tx.update(c.tree, state, PARAMS, clipped=c)
-    alone = private()
-    c = certificate(PARAMS, 4.0)
-    expected, _ = alone.update(c.tree, alone.init(PARAMS), PARAMS, clipped=c)
+    tx, alone = optim.accumulate(private(), 2), private()
+
+    def update(tx, norm, state, sums):
+        c = certificate(sums, norm)
+        return tx.update(c.tree, state, PARAMS, clipped=c)
+
+    run = jax.jit(update, static_argnums=(0, 1))
+    _, state = run(tx, 4.0, tx.init(PARAMS), PARAMS)
+    updates, _ = run(tx, 1.0, state, PARAMS)
+    expected, _ = run(alone, 4.0, alone.init(PARAMS), PARAMS)
     np.testing.assert_allclose(updates["a"], expected["a"], rtol=1e-6)
 
 

@@ -19,6 +19,7 @@ from dpfa_jax.doubleword import grid_step, to_grid
 from dpfa_jax.optim import account, plan
 
 _GRID_BITS = 10
+_SMALL = 1 << 16  # scalars
 
 
 def privatize(
@@ -232,7 +233,7 @@ def add_noise(tree: Any, data: jax.Array, noise_std: Any, event: Any) -> Any:
 
     Args:
       tree: pytree of float32 arrays.
-      data: uint32[8] key data of this step alone; leaf i draws from the key folded with i.
+      data: uint32[8] key data of this step alone.
       noise_std: of every scalar: a float ≥ 0 (0: none is added), or a traced float32 scalar.
       event: what the release is charged as.
 
@@ -247,18 +248,36 @@ def add_noise(tree: Any, data: jax.Array, noise_std: Any, event: Any) -> Any:
     # Under vmap every example gets a key of its own.
     data = _primitives.stream_key_p.bind(data, *jax.lax.stop_gradient(tuple(leaves)))
     std, step = _noise_scale(noise_std)
-    noisy = []
-    for index, leaf in enumerate(leaves):
-        if std is not None:
-            key = random.wrap_key_data(random.fold_in_data(data, jnp.uint32(index)))
-            leaf = to_grid(
-                leaf + std * random.normal(key, leaf.shape, radius_bits=plan.RADIUS_BITS), step
-            )
-        noisy.append(leaf)
+    noisy = leaves
+    if std is not None:
+        normals = _normals(data, [leaf.shape for leaf in leaves])
+        noisy = [to_grid(a + std * b, step) for a, b in zip(leaves, normals, strict=True)]
     # The tree is one release: marking every leaf would charge it again for each.
     largest = max(range(len(noisy)), key=lambda index: noisy[index].size)
     noisy[largest] = _primitives.private_release(noisy[largest], event)
     return jax.tree.unflatten(structure, noisy)
+
+
+def _normals(data: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+    """Normals for every leaf: large ones from a key of their own, small ones from one for them all.
+
+    Models have many small leaves, and every draw of its own costs a second of compiling.
+    """
+
+    def draw(index: int, shape: tuple[int, ...]) -> jax.Array:
+        key = random.wrap_key_data(random.fold_in_data(data, jnp.uint32(index)))
+        return random.normal(key, shape, radius_bits=plan.RADIUS_BITS)
+
+    sizes = [math.prod(shape) for shape in shapes]
+    shared = draw(len(shapes), (sum(size for size in sizes if size < _SMALL),))
+    normals, start = [], 0
+    for index, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
+        if size < _SMALL:
+            normals.append(shared[start : start + size].reshape(shape))
+            start += size
+        else:
+            normals.append(draw(index, shape))
+    return normals
 
 
 def _noise_scale(noise_std: Any) -> tuple[Any, Any]:
