@@ -230,7 +230,7 @@ class TracedLedger:
         rows = upward.at_least(_interpolation(_FINE))
         sampled = jnp.where(jnp.isfinite(totals[_EXTRA:]), totals[_EXTRA:], 3e38)
         sampled = jnp.matmul(rows, sampled, precision="highest") * _UP
-        sampled = jnp.where(sampled < 1e38, sampled, jnp.inf)
+        sampled = jnp.where(sampled < 1e30, sampled, jnp.inf)  # a share of an unknown one too
         curve = sampled + upward.at_least(0.5 * _FINE) * totals[0] * _UP
         left = upward.tolerance(delta, totals[1], totals[2])
         known = (self.count >= 0) & (self.count < UNKNOWN) & jnp.all(self.high >= 0)

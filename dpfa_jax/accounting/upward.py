@@ -89,7 +89,7 @@ def epsilon(orders: np.ndarray, curve: jax.Array, left: jax.Array) -> jax.Array:
     Args:
       orders: static float64, > 1.
       curve: float32, upper bounds of the RDP at them, in [0, ∞].
-      left: float32, δ for ideal noise; ≤ 0 costs ∞ unless the whole curve is 0.
+      left: float32, δ for ideal noise; below 2⁻¹²⁶ it costs ∞ unless the whole curve is 0.
 
     Returns:
       float32 scalar upper bound in [0, ∞]; ∞ for a curve with NaN.
@@ -98,11 +98,12 @@ def epsilon(orders: np.ndarray, curve: jax.Array, left: jax.Array) -> jax.Array:
     """
     away = np.log1p(-1.0 / orders) - np.log(orders) / (orders - 1.0)
     slope = 1.0 / (orders - 1.0)
-    log_left = -jnp.log(jnp.maximum(left, 2.0**-126)) * _UP  # ≥ −ln δ
+    normal = left >= 2.0**-126  # of a smaller δ float32 knows too little
+    log_left = -jnp.log(jnp.where(normal, left, 1.0)) * _UP  # ≥ −ln δ
     share = log_left * jnp.float32(slope)
     size = curve + jnp.abs(jnp.float32(away)) + share
     each = curve + jnp.float32(away) + share + size * 2.0**-20 + 2.0**-22
-    each = jnp.where((left > 0) & (curve < jnp.inf), jnp.maximum(each, 0.0), jnp.inf)
+    each = jnp.where(normal & (curve < jnp.inf), jnp.maximum(each, 0.0), jnp.inf)
     found = jnp.min(jnp.where(jnp.isnan(each), jnp.inf, each))
     free = jnp.all(curve == 0)
     return jnp.where(free & (left >= 0), 0.0, found)
