@@ -22,6 +22,7 @@ from dpfa_jax.accounting import (
     TruncatedPoissonSampled,
     gdp,
     pld,
+    subsample,
 )
 
 
@@ -49,6 +50,23 @@ def test_epsilon_of_truncated_sampling_is_above_that_of_poisson_sampling():
     poisson = PoissonSampled(Gaussian(2.0), 0.2)
     tight = TruncatedPoissonSampled(Gaussian(2.0), 0.2, 40, 10)
     assert pld.epsilon(tight, 1e-3) > pld.epsilon(poisson, 1e-3)
+
+
+def test_epsilon_of_truncated_noise_that_ends_pays_for_the_overflow():
+    def run(capacity, coordinates):
+        leaf = Gaussian(1.0, coordinates, 64)
+        return Repeated(TruncatedPoissonSampled(leaf, 0.01, 10_000, capacity), 100)
+
+    poisson = pld.epsilon(Repeated(PoissonSampled(Gaussian(1.0, 10**6, 64), 0.01), 100), 1e-5)
+    roomy = pld.epsilon(run(200, 10**6), 1e-5)
+    assert poisson <= roomy <= poisson * (1 + 1e-6)
+    tight = pld.epsilon(run(160, 10**6), 1e-5)
+    overflow = 100 * subsample.poisson_overflow(10_000, 0.01, 160)
+    paid = (1 + math.exp(tight)) * overflow
+    assert 1e-7 < paid < 1e-5
+    left = pld.epsilon(Repeated(PoissonSampled(Gaussian(1.0), 0.01), 100), 1e-5 - paid)
+    assert left <= tight <= left * (1 + 1e-6)
+    assert pld.epsilon(run(100, 10**6), 1e-5) == math.inf
 
 
 def test_epsilon_is_never_below_the_exact_gaussian():

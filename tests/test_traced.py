@@ -209,9 +209,16 @@ def test_ledger_charges_the_cut_off_of_every_release():
         host = accounting.epsilon(event, delta)
         ideal = run(np.full(3, multiplier, np.float32), rate).epsilon(delta)
         assert ideal < ledger.epsilon(delta) <= host * 1.1
-        # δ of the ideal curve is what is left: all but the flux, which is charged from above.
+        assert 1.0 <= float(ledger.high[2]) / (3 * coordinates * 2.0**-40) <= 1.001
         assert ledger.high[1] >= 3 * rate * accounting.gdp.cut_off(1 / multiplier, coordinates)[1]
     assert run(np.full(3, 0.1, np.float32), 0.05, 10).epsilon(1e-6) == math.inf
+    # The factor alone: 2⁴⁰ pairs multiply δ by e, which leaves ideal noise δ/e.
+    many = TracedLedger.create().add(1e6, sampling_rate=0.5)
+    many = TracedLedger(many.high.at[2].set(1.0), many.low, many.count)
+    one_of_e = TracedLedger(many.high.at[2].set(0.0), many.low, many.count)
+    assert many.epsilon(1e-9) >= one_of_e.epsilon(1e-9 / math.e) * (1 - 1e-9)
+    assert many.epsilon(1e-9) > one_of_e.epsilon(1e-9)
+    assert float(in_jit(many)) > float(in_jit(one_of_e))
 
 
 def test_traced_epsilon_is_above_the_host_and_close():

@@ -108,8 +108,9 @@ def _split(event: Event) -> tuple[Event, Event, float]:
 def epsilon(event: Event, delta: float, *, discretization: float = 1e-4) -> float:
     """ε at δ from the privacy loss distribution of everything inside the event.
 
-    Truncated Poisson sampling is charged by its own distribution (ZERO_OUT, dropped at random), the
-    noise cut-off as in `accounting.epsilon`, pure releases by their Σε.
+    Truncated Poisson sampling is charged by its own distribution (ZERO_OUT, dropped at random), or,
+    where its noise ends, as Poisson sampling beside its overflow; the noise cut-off as in
+    `accounting.epsilon`, pure releases by their Σε.
 
     Args:
       event: what was released.
@@ -132,7 +133,10 @@ def epsilon(event: Event, delta: float, *, discretization: float = 1e-4) -> floa
     tolerance = _check.real("delta", delta, low=0, high=1, open_low=True, open_high=True)
     width = _check.real("discretization", discretization, low=1e-6, high=1)
     exact, ideal, pure = _split(event)
-    left = charge.ideal_tolerance(charge.profile_of(ideal), tolerance)
+    profile, variation = charge.profile_of(ideal), 0.0
+    if _truncates_noise_that_ends(exact):
+        exact, variation = ideal, charge.profile_of(exact).variation
+    left = charge.ideal_tolerance(profile, tolerance)
     if not left > 0.0 or pure == math.inf:
         return math.inf
     rough = charge.epsilon(ideal, tolerance)
@@ -153,7 +157,22 @@ def epsilon(event: Event, delta: float, *, discretization: float = 1e-4) -> floa
         relation = pld_privacy_accountant.NeighborRel.REPLACE_SPECIAL
     accountant = pld_privacy_accountant.PLDAccountant(relation, max(width, rough * 1e-5))
     accountant.compose(dp_event(exact))
-    found = float(accountant.get_epsilon(left))
-    if not found >= 0.0:
-        raise ArithmeticError(f"dp_accounting returned epsilon {found} for {exact}.")
-    return found + pure
+    found = 0.0
+    for _ in range(200):  # (1 + e^ε)·variation is paid from δ: iterate from below, as in charge
+        charged = (1.0 + math.exp(min(found + pure, 700.0))) * variation * (1.0 + 2.0**-48)
+        left = charge.ideal_tolerance(profile, tolerance - charged)
+        needed = float(accountant.get_epsilon(left)) if left > 0.0 else math.inf
+        if not needed >= 0.0:
+            raise ArithmeticError(f"dp_accounting returned epsilon {needed} for {exact}.")
+        if needed <= found or variation == 0.0 or needed == math.inf:
+            return max(needed, found) + pure
+        found = needed * (1.0 + 1e-9)
+    return math.inf
+
+
+def _truncates_noise_that_ends(event: Event) -> bool:
+    """Whether a record that is drawn may displace another one under noise that ends."""
+    return any(
+        isinstance(leaf, events_lib.TruncatedPoissonSampled) and leaf.event.coordinates
+        for leaf in events_lib.leaves(event)
+    )
