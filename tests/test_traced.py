@@ -211,6 +211,10 @@ def test_ledger_charges_the_cut_off_of_every_release():
         assert ideal < ledger.epsilon(delta) <= host * 1.1
         assert 1.0 <= float(ledger.high[2]) / (3 * coordinates * 2.0**-40) <= 1.001
         assert ledger.high[1] >= 3 * rate * accounting.gdp.cut_off(1 / multiplier, coordinates)[1]
+    for multiplier in np.linspace(0.17, 5.0, 40):  # between the points of the table
+        flux = float(run(np.full(1, multiplier, np.float32), 1.0, 10).high[1])
+        exact = accounting.gdp.cut_off(1 / float(np.float32(multiplier)), 10)[1]
+        assert exact <= flux <= exact * math.exp(7.5 / 32)
     assert run(np.full(3, 0.1, np.float32), 0.05, 10).epsilon(1e-6) == math.inf
     # The factor alone: 2⁴⁰ pairs multiply δ by e, which leaves ideal noise δ/e.
     many = TracedLedger.create().add(1e6, sampling_rate=0.5)
