@@ -163,7 +163,7 @@ def test_one_poisoned_record_is_the_same_as_its_absence():
 
 # A canary ---------------------------------------------------------------------------------------
 
-_Q, _STEPS, _Z, _RUNS = 0.25, 4, 1.0, 60_000
+_Q, _STEPS, _Z, _RUNS = 0.25, 4, 1.0, 100_000
 _AUDITED = sampling.Poisson(8, _Q)
 
 
@@ -220,4 +220,4 @@ def test_canary_finds_no_more_than_was_accounted_and_more_where_noise_is_halved(
     if is_caught:
         assert found > 1.3 * accounted
     else:
-        assert 0.6 * published < found <= published
+        assert 0.5 * published < found <= published
