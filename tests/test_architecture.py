@@ -28,10 +28,13 @@ LAYERS = (
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.certificate"
     " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks",
     "accounting.convert accounting.subsample accounting.groups auditing clipping.groups"
-    " clipping._batch"
+    " clipping._batch per_example.plan per_example.rules"
     " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels",
     "pallas.triton_gradients clipping.bounded",
-    "clipping.gradients clipping.adaptive",
+    "per_example.evaluate clipping.adaptive",
+    "per_example",
+    "clipping.two_pass",
+    "clipping.gradients",
     "accounting.charge accounting.upward pallas.triton pallas.mosaic_gpu",
     "accounting.state accounting.trace accounting.traced accounting.calibrate accounting.filters"
     " accounting.allocate accounting.ledger accounting.pld accounting.attacker pallas",
@@ -43,7 +46,7 @@ LAYERS = (
     "releases sampling",
     "reference",
     "attention",
-    "memory.rows memory.history per_example",
+    "memory.rows memory.history",
     "memory.gaussian_process memory.random_features memory.filtered",
     "memory _flax",
     "linen nnx optim.account monitoring planning",

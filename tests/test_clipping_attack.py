@@ -77,6 +77,8 @@ WAYS = {
     "remat": _tree_of(_remat, microbatch_size=3),
     "bfloat16": _tree_of(_bfloat16),
     "scan": _tree_of(_scanned),
+    "two passes": _tree_of(_loss, method="two_pass"),
+    "two passes, bfloat16": _tree_of(_bfloat16, method="two_pass", microbatch_size=3),
     "normalized": _tree_of(_loss, normalize=1e-3),
 }
 
@@ -89,8 +91,9 @@ def test_no_neighbour_moves_the_sum_by_more_than_is_claimed(way):
         "out": jnp.asarray(source.normal(size=(4, 2)), jnp.float32),
     }
     null, replaced = _search(WAYS[way], params)
-    assert 0.99 * 0.7 <= null <= 0.7
-    assert 0.99 * 1.4 <= replaced <= 1.4
+    reached = 0.98 if way == "two passes, bfloat16" else 0.99  # its margin is 2⁻⁶
+    assert reached * 0.7 <= null <= 0.7
+    assert reached * 1.4 <= replaced <= 1.4
 
 
 def test_search_finds_a_bound_that_is_kept_per_leaf_only():

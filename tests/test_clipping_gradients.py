@@ -32,7 +32,7 @@ def _sum(clip_norm, rows, **options):
 @every_model
 def test_clipped_grad_is_the_sum_of_the_definition(name):
     loss, params, args = common.problem(name)
-    rows = common.gradients_one_by_one(loss, params, args)
+    rows = common.exact_rows(name)
     norms = sorted(common.length(row) for row in rows)
     bound = (norms[2] + norms[3]) / 2  # half of the rows are clipped
     run = jax.jit(clipping.clipped_grad(loss, clip_norm=bound, microbatch_size=4))
@@ -105,7 +105,7 @@ def test_normalize_is_the_formula_of_automatic_clipping():
 
 def test_clip_norm_as_a_prefix_tree_clips_each_part_by_itself():
     loss, params, args = common.problem("picture")
-    rows = common.gradients_one_by_one(loss, params, args)
+    rows = common.exact_rows("picture")
     names = list(params["params"])
     bounds = {"params": {name: 0.05 * (i + 1) for i, name in enumerate(names)}}
     got = jax.jit(clipping.clipped_grad(loss, clip_norm=bounds))(params, *args)

@@ -50,6 +50,10 @@ WAYS = {
     "shard_map": _sharded(_summed),
     "shard_map unchecked": _sharded(_summed, check_vma=False),
     "microbatches": _sharded(functools.partial(_summed, microbatch_size=1)),
+    "two passes": _sharded(functools.partial(_summed, method="two_pass")),
+    "two passes unchecked": _sharded(
+        functools.partial(_summed, method="two_pass", microbatch_size=1), check_vma=False
+    ),
     "remat": _sharded(jax.checkpoint(_summed)),
     "pmap": _pmapped,
 }

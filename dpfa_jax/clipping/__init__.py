@@ -8,6 +8,7 @@ from dpfa_jax.clipping.certificate import Clipped as Clipped
 from dpfa_jax.clipping.certificate import Group as Group
 from dpfa_jax.clipping.certificate import joint_clip_norm as joint_clip_norm
 from dpfa_jax.clipping.gradients import clipped_grad as clipped_grad
+from dpfa_jax.clipping.gradients import explain as explain
 from dpfa_jax.clipping.groups import Groups as Groups
 from dpfa_jax.clipping.groups import label_groups as label_groups
 from dpfa_jax.clipping.groups import per_layer as per_layer
@@ -16,3 +17,4 @@ from dpfa_jax.clipping.rows import finite_rows as finite_rows
 from dpfa_jax.clipping.rows import log_row_norms as log_row_norms
 from dpfa_jax.clipping.rows import log_row_weights as log_row_weights
 from dpfa_jax.clipping.rows import stable_sum as stable_sum
+from dpfa_jax.clipping.two_pass import Report as Report

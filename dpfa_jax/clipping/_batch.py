@@ -116,12 +116,18 @@ def collectives(jaxpr: Any) -> Iterator[str]:
         words = [each if isinstance(each, tuple | list) else (each,) for each in named]
         if name not in _LOCAL_NAMES and any(isinstance(w, str) for each in words for w in each):
             yield name
-        for value in params.values():
-            for each in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(each, core.ClosedJaxpr):
-                    yield from collectives(each.jaxpr)
-                elif isinstance(each, core.Jaxpr):
-                    yield from collectives(each)
+        for inner in inner_jaxprs(equation):
+            yield from collectives(inner)
+
+
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    """The jaxprs inside an equation's parameters."""
+    for value in equation.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, core.ClosedJaxpr):
+                yield each.jaxpr
+            elif isinstance(each, core.Jaxpr):
+                yield each
 
 
 def vary_over(values: Any, axes: frozenset) -> Any:

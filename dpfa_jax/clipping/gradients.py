@@ -13,14 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpfa_jax import _check, _primitives
-from dpfa_jax.clipping import _batch
+from dpfa_jax import _check, _primitives, doubleword
+from dpfa_jax.clipping import _batch, two_pass
 from dpfa_jax.clipping import groups as groups_lib
 from dpfa_jax.clipping.bounded import add_contributions, contributions, shrinkage
 from dpfa_jax.clipping.certificate import Clipped
 from dpfa_jax.clipping.groups import Groups
+from dpfa_jax.clipping.two_pass import Report
 
-_METHODS = ("vmap",)
+_METHODS = ("vmap", "two_pass", "auto")
 
 type _Sums = list[tuple[jax.Array, jax.Array]]
 
@@ -61,7 +62,10 @@ def clipped_grad(
       batch_axes: the batch axis of each argument that is not parameters, or a prefix tree of each;
         None for one that is public and the same for all rows. Default: axis 0 of all.
       normalize: γ > 0: contributions of length C·‖g‖/(‖g‖ + γ) instead of min(‖g‖, C).
-      method: "vmap": one gradient per row.
+      method: "vmap": one gradient per row. "two_pass": norms without gradients where the parameter
+        is used in matrix products and look-ups (`explain` says which are), then one backward pass
+        of the rows weighted by their clips; for one group, without `unit`. Its bound is that of
+        exact arithmetic (CL3). "auto": what `explain` expects to be faster.
 
     Returns:
       A function (*args, mask=None, unit_ids=None) -> `Clipped`, or (`Clipped`, aux). `mask` is
@@ -73,7 +77,8 @@ def clipped_grad(
       TypeError: for parameters that are not real floats, or a mask or ids of another type.
       ValueError: for bounds outside their range, batch axes that do not agree or are not declared,
         a loss that is not a scalar, or one whose gradient talks to other shards.
-      NotImplementedError: for parameters that differ between shards.
+      NotImplementedError: for parameters that differ between shards; for "two_pass" with groups or
+        units.
 
     Guarantee: CL3 (gradients.md).
     Source: Abadi et al. 2016, arXiv:1607.00133; McMahan et al. 2018, arXiv:1710.06963 (units).
@@ -109,7 +114,18 @@ def clipped_grad(
         row = _batch.row_gradient(loss_fn, batch, has_aux)
         cut = _Cut(groups, shrinkage(unit or batch.size, _shards()), normalize, axes)
         rows = microbatch_size or max(1, batch.size)
-        if ids is None:
+        chosen = _choose(method, loss_fn, batch, has_aux, groups, unit)
+        if chosen == "two_pass":
+            high, counts, aux = _sum_in_two_passes(
+                two_pass.prepare(loss_fn, batch, has_aux),
+                row,
+                batch,
+                mask,
+                rows,
+                cut,
+                per_example_aux,
+            )
+        elif ids is None:
             high, counts, aux = _sum_of_rows(row, batch, mask, rows, cut, per_example_aux)
         else:
             assert unit is not None
@@ -126,11 +142,25 @@ def clipped_grad(
             static_clip_norm=None if groups.is_traced else joint,
             groups=groups.public(),
             unit="example" if unit is None else "unit",
-            method=method,
+            method=chosen,
         )
         return (clipped, jax.tree.unflatten(row.aux_tree, aux)) if has_aux else clipped
 
     return run
+
+
+def _choose(method, loss_fn, batch, has_aux, groups, unit) -> str:
+    """The method that is used, or an error if it cannot be."""
+    if method == "vmap":
+        return method
+    why = two_pass.unfit(groups, unit)
+    if method == "auto":
+        if why or batch.size == 0:
+            return "vmap"
+        return two_pass.report(two_pass.prepare(loss_fn, batch, has_aux), batch.params).choice
+    if why:
+        raise NotImplementedError(why)
+    return method
 
 
 def _shards() -> int:
@@ -204,6 +234,27 @@ def _sum_of_rows(row, batch, mask, rows, cut, is_stacked):
     return [high for high, _ in sums], counts, aux if is_stacked else total
 
 
+def _sum_in_two_passes(passes, row, batch, mask, rows, cut, is_stacked):
+    """(leaves of the sum, counts, aux leaves), gradients only where no rule gives the norm."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch.params)]
+
+    def step(carry, block):
+        sums, counts, total = carry
+        terms, present, over, bad, aux = passes.terms(
+            leaves, batch.public, *block, cut.groups, cut.shrink, cut.normalize
+        )
+        sums = [doubleword.add_word(*pair, leaf) for pair, leaf in zip(sums, terms, strict=True)]
+        more = [jnp.sum(each, dtype=jnp.int32) for each in (present, over, bad)]
+        counts = [a + b for a, b in zip(counts, more, strict=True)]
+        total, aux = _aux(row, aux, present, total, is_stacked)
+        return (sums, counts, total), aux
+
+    total = [] if is_stacked else [cut.zeros(leaf.shape, leaf.dtype) for leaf in row.aux]
+    carry = (*cut.nothing(batch.params), total)
+    (sums, counts, total), aux = _scan_rows(step, carry, batch, mask, rows, row.aux)
+    return [high for high, _ in sums], counts, aux if is_stacked else total
+
+
 def _sum_of_units(row, batch, mask, rows, cut, is_stacked, place, units):
     """(leaves of the sum, counts, aux leaves), the rows of one unit added before the clip."""
 
@@ -226,3 +277,41 @@ def _sum_of_units(row, batch, mask, rows, cut, is_stacked, place, units):
     seen = cut.zeros((units,), jnp.bool_).at[place].set(True, mode="drop")
     sums, counts = cut.add(*cut.nothing(batch.params), held, seen)
     return [high for high, _ in sums], counts, aux if is_stacked else total
+
+
+def explain(
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    batch_axes: Any = None,
+) -> Report:
+    """How "two_pass" would find each parameter's norm, and what "auto" would choose.
+
+    Args:
+      loss_fn: as `clipped_grad` takes it.
+      *args: the arguments of a call, or their shapes.
+      argnums: as `clipped_grad` takes it.
+      has_aux: as `clipped_grad` takes it.
+      batch_axes: as `clipped_grad` takes it.
+
+    Returns:
+      The report; `str` of it is a table.
+
+    Example:
+      >>> params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+      >>> loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"] + p["b"]))
+      >>> made = explain(loss, params, jnp.ones((2, 5, 3)))
+      >>> dict(made.rules), dict(made.full)
+      ({'w': 'matrix product'}, {'b': 'used in `add`'})
+    """
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    found: list[Report] = []
+
+    def trace(*args):
+        batch = _batch.sort_arguments(args, numbers, batch_axes)
+        params = batch.params[0] if isinstance(argnums, int) else batch.params
+        found.append(two_pass.report(two_pass.prepare(loss_fn, batch, has_aux), params))
+
+    jax.eval_shape(trace, *args)
+    return found[0]

@@ -1,0 +1,167 @@
+"""A row's loss evaluated with rules in the places of a plan: squared norms, and weighted sums.
+
+Which statement this makes true: `squared_norms` is the squared norm of the whole gradient of one
+row's loss; `weighted_sum` is the gradient of a weighted sum of the rows' losses.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from dpfa_jax import _primitives
+from dpfa_jax.per_example import rules
+from dpfa_jax.per_example.plan import INLINE, Plan, Use, inner
+
+
+class _Known:
+    """A parameter with a rule, or a view of it, in float32 whatever dtype the loss casts it to."""
+
+    def __init__(self, value: jax.Array):
+        self.value = value
+
+
+def _is_float(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+class _Evaluation:
+    """One evaluation of a jaxpr; `replace` says what stands in the places of the plan."""
+
+    def __init__(self, made: Plan, replace: Callable[[Any, Use, list[Any]], Any]):
+        self.plan, self.replace = made, replace
+
+    def run(self, jaxpr: Any, constants: list[Any], inputs: list[Any], path: Any) -> list[Any]:
+        values = dict(zip(jaxpr.constvars, constants, strict=True))
+        values.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(atom):
+            return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+        for number, equation in enumerate(jaxpr.eqns):
+            here, name = (*path, number), equation.primitive.name
+            operands = [read(atom) for atom in equation.invars]
+            held = any(isinstance(each, _Known) for each in operands)
+            inside = any(each[: len(here)] == here for each in self.plan.uses)
+            if here in self.plan.uses:
+                out = [self.replace(equation, self.plan.uses[here], operands)]
+            elif (inside or held) and name in INLINE:
+                out = self.run(*inner(equation), operands, here)
+            elif inside:
+                out = self.remat(equation, operands, here)
+            elif held and name == "convert_element_type" and _is_float(equation.outvars[0].aval):
+                out = operands
+            else:
+                with equation.ctx.manager:
+                    plain = [each.value if isinstance(each, _Known) else each for each in operands]
+                    out = rules.bind(equation, *plain)
+                out = out if equation.primitive.multiple_results else [out]
+                # All that takes a known parameter and is no place keeps its entries.
+                out = [_Known(each) if held and _is_float(each) else each for each in out]
+            values.update(zip(equation.outvars, out, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def remat(self, equation: Any, operands: list[Any], path: Any) -> list[Any]:
+        """An equation of jax.checkpoint: what it recomputes is recomputed here."""
+        known = [isinstance(each, _Known) for each in operands]
+
+        def body(*plain):
+            values = [_Known(x) if k else x for x, k in zip(plain, known, strict=True)]
+            return self.run(*inner(equation), values, path)
+
+        keep = {key: equation.params[key] for key in ("policy", "prevent_cse")}
+        plain = [each.value if isinstance(each, _Known) else each for each in operands]
+        return jax.checkpoint(body, **keep)(*plain)
+
+
+def _norm_places(probe: jax.Array) -> Callable[[Any, Use, list[Any]], Any]:
+    carried: dict[int, tuple[jax.Array, jax.Array]] = {}
+
+    def replace(equation, use, operands):
+        theta, row = operands[use.side], operands[1 - use.side]
+        theta = jax.lax.stop_gradient(theta)
+        if use.rule == "look-up":
+            out, carrier = rules.look_up_norm_site(equation)(row, theta, probe)
+            carried[use.leaf] = (rules.read_indices(equation, row, theta.shape[0])[0], carrier)
+            return out
+        indices, carrier = carried.get(use.leaf, (None, None))
+        return rules.product_norm_site(equation, use.side)(row, theta, probe, indices, carrier)
+
+    return replace
+
+
+def squared_norms(
+    closed: Any, made: Plan
+) -> Callable[[list[Any], list[Any]], tuple[jax.Array, list[jax.Array], list[Any]]]:
+    """A function for the squared norm of one row's gradient with respect to all parameters.
+
+    Args:
+      closed: the closed jaxpr of (parameter leaves, anything else) -> (loss of one row, ...).
+      made: its plan.
+
+    Returns:
+      (parameter leaves, other inputs) -> (float32 squared norm over the parameters with a rule,
+      gradients of the other parameters in order, the jaxpr's outputs). Under `vmap` over rows,
+      nothing of the size of rows times a parameter with a rule is made, unless `product_norm`
+      finds that cheaper than Gram matrices.
+
+    Guarantee: CL6 (evaluate.md).
+    """
+    full = sorted(made.reasons)
+
+    def one(params, others):
+        def loss(some, probe):
+            inputs = [*params, *others]
+            for number, leaf in zip(full, some, strict=True):
+                inputs[number] = leaf
+            evaluation = _Evaluation(made, _norm_places(probe))
+            out = evaluation.run(closed.jaxpr, list(closed.consts), inputs, ())
+            return out[0], out
+
+        probe = _primitives.vary_alike(jnp.float32(0.0), *params, *others)[0]
+        (some, square), out = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+            [params[number] for number in full], probe
+        )
+        return jnp.maximum(square, 0.0), some, out
+
+    return one
+
+
+def _sum_places(equation: Any, use: Use, operands: list[Any]) -> Any:
+    theta, row = operands[use.side].value, operands[1 - use.side]
+    if use.rule == "look-up":
+        return rules.look_up_sum_site(equation)(row, theta)
+    return rules.product_sum_site(equation, use.side)(row, theta)
+
+
+def weighted_sum(
+    closed: Any, made: Plan
+) -> Callable[[list[Any], list[Any], jax.Array], list[jax.Array]]:
+    """A function for the gradient of a weighted sum of losses, summed in float32.
+
+    Args:
+      closed: the closed jaxpr of (parameter leaves, anything else) -> (losses of rows, ...).
+      made: its plan.
+
+    Returns:
+      (parameter leaves, other inputs, weights of the rows) -> float32 gradients of the parameters
+      with a rule, in the order of the leaves.
+
+    Guarantee: CL6 (evaluate.md).
+    """
+    known = sorted(made.rules)
+
+    def total(params, others, weights):
+        def loss(some):
+            inputs = [*params, *others]
+            for number, leaf in zip(known, some, strict=True):
+                inputs[number] = _Known(leaf)
+            evaluation = _Evaluation(made, _sum_places)
+            losses = evaluation.run(closed.jaxpr, list(closed.consts), inputs, ())[0]
+            return jnp.sum(weights * losses.astype(jnp.float32))
+
+        return jax.grad(loss)([params[number].astype(jnp.float32) for number in known])
+
+    return total
