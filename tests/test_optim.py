@@ -243,6 +243,27 @@ def test_traced_clip_norm_that_is_none_poisons_the_update():
         assert all(np.all(np.isnan(np.asarray(leaf))) for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.parametrize("sampler", [SAMPLER, sampling.TruncatedPoisson(128, 0.125, 60)])
+@pytest.mark.parametrize("noise", [2.0, optax.constant_schedule(2.0)], ids=["fixed", "schedule"])
+def test_traced_epsilon_is_close_above_that_of_the_host(noise, sampler):
+    tx = private(noise, sampler=sampler)
+
+    @jax.jit
+    def run(state):
+        def step(state, _):
+            c = certificate(jax.tree.map(lambda leaf: leaf + state.key_data[0] * 0.0, PARAMS))
+            _, state = tx.update(c.tree, state, clipped=c)
+            return state, optim.traced_epsilon(state, 1e-3)
+
+        return jax.lax.scan(step, state, length=5)
+
+    state, trail = run(tx.init(PARAMS))
+    host = optim.epsilon(state, 1e-3)
+    assert host <= float(trail[-1]) < 1.02 * host and np.all(np.diff(trail) > 0)
+    broken = state._replace(plan=state.plan + 1)
+    assert math.isinf(optim.traced_epsilon(broken, 1e-3))
+
+
 def test_state_of_another_configuration_is_found_out():
     tx, other = private(2.0), private(1.0)
     state = tx.init(PARAMS)

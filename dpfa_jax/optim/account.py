@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpfa_jax import _check, accounting, random, sampling
-from dpfa_jax.accounting import subsample
+from dpfa_jax.accounting import subsample, upward
+
+_SHARES = (2.0**-12, 2.0**-8, 2.0**-4, 0.5)  # of δ that truncation may take, to be tried
 
 
 class PrivateState(NamedTuple):
@@ -71,6 +73,29 @@ class ScheduledLedger:
                 return math.inf
             found = needed * (1.0 + 1e-12)
         return math.inf
+
+    def traced_epsilon(self, delta: float) -> jax.Array:
+        """ε of everything released, inside jit.
+
+        Args:
+          delta: static, in [0, 1).
+
+        Returns:
+          float32 upper bound, a few per mille above `epsilon`; ∞ where nothing is guaranteed.
+
+        Guarantee: O2 (account.md).
+        """
+        overflow = truncation(self.sampling)
+        if overflow == 0.0:
+            return self.ledger.traced_epsilon(delta)
+        steps = jnp.asarray(self.ledger.count, jnp.float32) * (1.0 + 2.0**-20)
+        found = jnp.float32(jnp.inf)
+        for share in _SHARES:
+            each = self.ledger.traced_epsilon(delta * (1.0 - share))
+            lost = (1.0 + jnp.exp(each)) * steps * upward.at_least(overflow) * (1.0 + 2.0**-12)
+            fits = lost <= np.float32(delta * share * (1.0 - 2.0**-20))
+            found = jnp.minimum(found, jnp.where(fits, each, jnp.inf))
+        return found
 
 
 def truncation(sampler: sampling.Sampler) -> float:
@@ -237,6 +262,30 @@ def epsilon(opt_state: Any, delta: float, *, method: str = "rdp") -> float:
     if scheduled:
         return scheduled[0].epsilon(delta)
     return accounting.epsilon(event(opt_state), delta)
+
+
+def traced_epsilon(opt_state: Any, delta: float) -> jax.Array:
+    """ε of everything an optimizer state has released, inside jit: for a progress bar or a stop.
+
+    Args:
+      opt_state: an optimizer state with one `PrivateState` inside.
+      delta: static, in [0, 1).
+
+    Returns:
+      float32 upper bound, above `epsilon` by a few per mille; ∞ for a state of another
+      configuration.
+
+    Raises:
+      ValueError: if there is not exactly one PrivateState in it.
+
+    Guarantee: L1 (state.md), O2 (account.md).
+    """
+    states = _private_states(opt_state)
+    if len(states) > 1:
+        raise ValueError(f"Expected one PrivateState, got {len(states)}. Ask optim.epsilon.")
+    (state,) = states
+    same = jnp.all(jnp.asarray(state.plan) == plan_of(state.accountant))
+    return jnp.where(same, state.accountant.traced_epsilon(delta), jnp.inf)
 
 
 def fork(opt_state: Any, rng: Any) -> Any:
