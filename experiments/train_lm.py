@@ -61,6 +61,7 @@ class Settings:
       layers, width, heads: nanoGPT's small character model has 6, 384, 6.
       windows_per_file: windows of a record where the unit is a file.
       microbatch: units whose gradients are held at a time; memory, not result.
+      method: of per-example clipping, as `clipping.clipped_grad` takes it; speed, not result.
       order: of the n-gram baseline.
       held_out: chunks of held-out files that curves look at; the last number is of all of them.
       every: steps between two looks.
@@ -84,6 +85,7 @@ class Settings:
     heads: int = 6
     windows_per_file: int = 8
     microbatch: int = 128
+    method: str = "vmap"
     order: int = 5
     held_out: int = 512
     every: int = 50
@@ -187,7 +189,10 @@ def prepare(settings: Settings, records: int) -> Run:
         return _language_models.nats(logits, params, tokens)
 
     clipped = clipping.clipped_grad(
-        loss, clip_norm=settings.clip_norm, microbatch_size=settings.microbatch
+        loss,
+        clip_norm=settings.clip_norm,
+        microbatch_size=settings.microbatch,
+        method=settings.method,
     )
 
     def mean_gradient(params, tokens, mask):
@@ -238,7 +243,8 @@ def check_clipping(settings: Settings, records: np.ndarray) -> None:
     four = jnp.asarray(records[:4])
     mask = jnp.array([True, True, False, True])
     bound = 0.5 * settings.clip_norm
-    found = jax.jit(clipping.clipped_grad(loss, clip_norm=bound))(params, four, mask=mask).tree
+    clipped = clipping.clipped_grad(loss, clip_norm=bound, method=settings.method)
+    found = jax.jit(clipped)(params, four, mask=mask).tree
     gradient = jax.jit(jax.grad(loss))
     wanted = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
     for row in (0, 1, 3):
@@ -392,7 +398,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int)
     for name in ("learning_rate", "clip_norm"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float)
-    for name in ("backend", "dtype"):
+    for name in ("backend", "dtype", "method"):
         parser.add_argument(f"--{name}")
     given = parser.parse_args()
     settings = SMOKE if given.smoke else Settings()
