@@ -57,6 +57,14 @@ def test_noise_multiplier_raises_noise_to_pay_for_the_cut_off():
     assert accounting.epsilon(Gaussian(found, 10**7), 1e-10) <= 1.0
 
 
+def test_noise_multiplier_takes_wide_noise():
+    target = {"epsilon": 1.0, "delta": 1e-10, "coordinates": 10**7}
+    wide = accounting.noise_multiplier(**target, radius_bits=64)
+    assert accounting.epsilon(Gaussian(wide, 10**7, 64), 1e-10) <= 1.0
+    assert wide < accounting.noise_multiplier(epsilon=1.0, delta=1e-10) * (1 + 1e-4)
+    assert wide < 0.5 * accounting.noise_multiplier(**target)
+
+
 @pytest.mark.parametrize(
     "hopeless",
     [

@@ -196,6 +196,9 @@ def test_cut_off_of_a_training_run_is_ruinous_with_40_bits_and_free_with_64():
     both = Composed([Gaussian(2.0, 10**12, 64), Gaussian(2.0, 100, 40)])
     assert charge.profile_of(both).flux < 1e-9
     assert charge.profile_of(Gaussian(2.0, 10**12 + 100, 40)).flux > 1e-6
+    alike = [Gaussian(2.0, 10**6, bits) for bits in (40, 41)]
+    apart = sum(charge.profile_of(each).flux for each in alike)
+    assert charge.profile_of(Composed(alike)).flux == pytest.approx(apart, rel=1e-5)
 
 
 def discs(shifts, radius, step):

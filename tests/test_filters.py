@@ -116,6 +116,10 @@ def test_filter_charges_sampled_noise_that_ends():
     assert 100 * each <= budget.leaked <= 100 * each * (1 + 1e-6)
     assert budget.released == 10**8
     assert fresh.forecast(step) == 1000 and fresh.would_exceed(step, 1001)
+    little = filters.for_renyi(**target, coordinates=10**9, radius_bits=64, flux=5.5 * each)
+    assert little.forecast(step) == 5
+    none = filters.for_renyi(**target, coordinates=10**9, radius_bits=64)
+    assert none.would_exceed(step) and not none.would_exceed(Gaussian(9.0, 10**6, 64))
     assert fresh.limit < filters.for_renyi(**target).limit
     assert fresh.epsilon(1e-5) <= 5.0
     # What was set aside is what is charged: an ideal filter at the rest of δ has the same limit.

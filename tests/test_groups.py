@@ -47,6 +47,7 @@ def test_grouped_poisson_is_never_below_the_exact_mixture(rate, rows):
     with_group = law(stats.binom.pmf(counts, rows, rate), counts, std)
     without = law([1.0], [0.0], std)
     event = groups.grouped(PoissonSampled(Gaussian(std), rate), rows)
+    assert event.sampling_rate == pytest.approx(1 - (1 - rate) ** rows)
     alone = PoissonSampled(Gaussian(std), rate)
     for order in (1.5, 2.0, 5.0, 20.0):
         exact = max(renyi(with_group, without, order), renyi(without, with_group, order))
@@ -66,6 +67,7 @@ def test_grouped_without_replacement_is_never_below_the_exact_mixture():
     p, q = law(weights, counts, std), law(weights, -counts, std)
     event = groups.grouped(SampledWithoutReplacement(std, 1.0, size, records), rows)
     assert event == SampledWithoutReplacement(std, event.clip_norm, 12, records)
+    assert event.clip_norm == pytest.approx(3.0) and event.clip_norm > 3.0
     for order in (2.0, 5.0, 20.0):
         exact = renyi(p, q, order)
         assert exact <= accounting.rdp_curve(event, order)[0]

@@ -19,7 +19,12 @@ from dpfa_jax.accounting.event import (
 
 
 def noise_multiplier(
-    *, epsilon: float, delta: float, releases: int = 1, coordinates: int = 0
+    *,
+    epsilon: float,
+    delta: float,
+    releases: int = 1,
+    coordinates: int = 0,
+    radius_bits: int = gdp.RADIUS_BITS,
 ) -> float:
     """Noise multiplier at which Gaussian releases meet (ε, δ), the noise cut-off included.
 
@@ -28,6 +33,7 @@ def noise_multiplier(
       delta: target, in (0, 1).
       releases: how many releases, each with this multiplier, ≥ 1.
       coordinates: noisy scalars of one release, as in `Gaussian`.
+      radius_bits: of their noise, as in `Gaussian`.
 
     Returns:
       The private side of the bracket: `accounting.epsilon` and `accounting.delta` of the releases
@@ -48,7 +54,7 @@ def noise_multiplier(
     coordinates = _check.integer("coordinates", coordinates, low=0)
 
     def meets(multiplier: float) -> bool:
-        event = Repeated(Gaussian(multiplier, coordinates), releases)
+        event = Repeated(Gaussian(multiplier, coordinates, radius_bits), releases)
         return (
             charge.delta(event, target) <= tolerance and charge.epsilon(event, tolerance) <= target
         )
@@ -57,7 +63,7 @@ def noise_multiplier(
     unreachable = ValueError(
         f"Expected a target that Gaussian noise can meet, got epsilon={target}, delta={tolerance} "
         f"for {releases} releases of {coordinates} coordinates. The noise cut-off alone spends it: "
-        "release fewer scalars or allow a larger delta."
+        "release fewer scalars, take 64 radius bits, or allow a larger delta."
     )
     if largest == 0.0:
         raise unreachable
