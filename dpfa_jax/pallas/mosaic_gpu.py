@@ -4,8 +4,6 @@ The same function as `reference`, with `triton`'s two kernels for the gradient.
 """
 
 import dataclasses
-import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,29 +13,79 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax import _primitives
 from dpfa_jax._typing import Operands, Spec
-from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 from dpfa_jax.pallas import mosaic_gpu_kernels as kernels
 from dpfa_jax.pallas import triton
+from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
+from dpfa_jax.pallas.accumulators import rounding as rounding
 from dpfa_jax.pallas.mosaic_gpu_kernels import Plan
+from dpfa_jax.pallas.triton import backward as backward
 
 _PROGRAMS = 132
+"""Multiprocessors of an H100 or H200; on fewer, blocks of the grid wait their turn."""
+
+
+def supports(operands: Operands, spec: Spec) -> str | None:
+    """Why this backend cannot take the call, or None.
+
+    Args:
+      operands: the call's arrays, or their shapes.
+      spec: the static description, of which the noise need not be set yet.
+    """
+    reason = triton.supports(operands, spec)
+    if reason is not None:
+        return reason
+    query, key, value, mask = operands.query, operands.key, operands.value, operands.mask
+    if not preferred():
+        return "it needs a GPU of compute capability 9.0 and is not interpreted elsewhere"
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or value.dtype != key.dtype:
+        return f"rows must be bfloat16 or float16, got {query.dtype} and values {value.dtype}"
+    if mask is not None:
+        group = query.shape[2] // key.shape[2]
+        if mask.shape[2] != 1 or (mask.shape[1] != 1 and group != 1):
+            return f"masks by query have no kernel, got {mask.shape}"
+    width = max(query.shape[3], value.shape[3])
+    if spec.score_cap is not None and key.shape[1] > LONGEST:
+        return f"sums over more than {LONGEST} keys round by more than is charged"
+    if spec.score_cap is not None and width > 128 and key.shape[1] > GROUP_KEYS:
+        return f"rows wider than 128 leave no room for the sums of {key.shape[1]} keys"
+    return None
+
+
+def preferred() -> bool:
+    """Whether the default device is an NVIDIA GPU that these kernels run on."""
+    if jax.default_backend() != "gpu":
+        return False
+    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def _shape(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """A result that varies over the mesh axes over which `like` does."""
+    manual = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=None if manual.empty else manual)
 
 
 def _offsets(operands: Operands, spec: Spec, shift: int, block_k: int):
-    """Masks of keys alone and record weights as exponents, (1 or B, K, S'), and what is left."""
+    """Masks of keys alone, record weights and the cap as exponents, (1 or B, K, S'), and the rest.
+
+    S' is S rounded up to whole tiles, whose last keys weigh nothing.
+    """
     weights = operands.log_weights
     if operands.key_lengths is not None:
         seen = jnp.arange(operands.key.shape[1]) < operands.key_lengths[:, None, None]
         seen = jnp.swapaxes(seen, 1, 2)
         weights = jnp.where(seen, weights, -jnp.inf)
-    offset = jnp.swapaxes(weights * kernels.LOG2_E + (shift - blocks.RANGE), 1, 2)
+    if spec.score_cap is None:
+        shift = 0
+    level = jnp.swapaxes(weights * kernels.LOG2_E + shift, 1, 2)
     group = operands.query.shape[2] // operands.key.shape[2]
     mask = operands.mask
     if mask is not None and mask.shape[2] == 1 and (mask.shape[1] == 1 or group == 1):
-        offset = jnp.where(mask[:, :, 0, :], offset, -jnp.inf)
+        level = jnp.where(mask[:, :, 0, :], level, -jnp.inf)
         mask = None
-    widths = ((0, 0), (0, 0), (0, -offset.shape[2] % block_k))
-    return operands._replace(mask=mask), jnp.pad(offset, widths, constant_values=-jnp.inf)
+    if spec.score_cap is not None:
+        level = level - spec.score_cap * kernels.LOG2_E
+    widths = ((0, 0), (0, 0), (0, -level.shape[2] % block_k))
+    return operands._replace(mask=mask), jnp.pad(level, widths, constant_values=-jnp.inf)
 
 
 def _aligned(array):
@@ -48,62 +96,69 @@ def _aligned(array):
     return jnp.pad(array, ((0, 0), (0, rows), (0, 0), (0, columns)))
 
 
-def forward(operands: Operands, spec: Spec, **changes) -> tuple[jax.Array, tuple]:
+def _cut(operands: Operands, spec: Spec) -> kernels.Shape:
+    """How the kernel is cut: what was fastest on an H200, or fits."""
+    width = max(operands.query.shape[3], operands.value.shape[3])
+    noisy = spec.noise != "none"
+    if width > 128:
+        return kernels.Shape(block_k=64, compute=1, flush=8, registers=(240, 24, 72))
+    if not noisy:
+        return kernels.Shape(registers=(240, 24, 24))
+    if width > 64 and spec.noise == "sums" and operands.key.shape[1] > GROUP_KEYS:
+        # Two accumulators at once leave room for narrow key tiles only.
+        return kernels.Shape(block_k=64, flush=8, stages=4, registers=(216, 24, 56))
+    return kernels.Shape()
+
+
+def _plan(operands: Operands, spec: Spec, shape: kernels.Shape) -> tuple[Plan, dict]:
+    """What is static, and the arrays that a kernel reads, by name."""
     shift = 15 if operands.key.dtype == jnp.float16 else 0
-    block_k = changes.pop("block_k", 128)
-    operands, bias = _offsets(operands, spec, shift, block_k)
+    operands, offsets = _offsets(operands, spec, shift, shape.block_k)
     query, key, value = (_aligned(x) for x in operands[:3])
     batch, heads, key_width = query.shape[0], *query.shape[2:]
-    queries = operands.query.shape[1]
     plan = Plan(
         spec=spec,
+        shape=shape,
         batch=batch,
         memories=key.shape[0],
-        queries=queries,
+        queries=operands.query.shape[1],
         keys=operands.key.shape[1],
         heads=heads,
         group=heads // key.shape[2],
         key_width=key_width,
         value_width=value.shape[3],
         dtype=jnp.dtype(key.dtype),
-        block_k=block_k,
+        programs=_PROGRAMS,
         shift=shift,
         segments=operands.key_segments is not None,
-        biases=bias.shape[0],
-        **{"stages": 2, "programs": _PROGRAMS, "flush": 512 // block_k, **changes},
+        offsets=offsets.shape[0],
     )
     plan = dataclasses.replace(plan, programs=min(plan.programs, plan.tiles))
-    inputs = {"query": query, "key": key, "value": value, "bias": bias}
+    inputs = {"query": query, "key": key, "value": value, "offsets": offsets}
     if plan.segments:
-        widths = ((0, 0), (0, plan.query_blocks * plan.block_q - queries))
+        widths = ((0, 0), (0, plan.query_blocks * plan.block_q - plan.queries))
         inputs["query_segments"] = jnp.pad(operands.query_segments, widths)
-        widths = ((0, 0), (0, plan.key_blocks * block_k - plan.keys))
+        widths = ((0, 0), (0, plan.key_blocks * shape.block_k - plan.keys))
         inputs["key_segments"] = jnp.pad(operands.key_segments, widths)
-    if plan.noisy:
-        inputs["noise_key"] = operands.noise_key
-    out_shape = (*query.shape[:3], plan.value_width)
-    rows = (batch, heads, plan.query_blocks * plan.block_q)
-    bound = spec.ball if spec.ball is not None else spec.row_clip
-    outputs = {"out": (out_shape, query.dtype), "mass": (rows, jnp.float32)}
-    if bound is not None:
-        outputs["factor"] = (rows, jnp.float32)
-    if spec.noise == "rows":
-        outputs["clean"] = (out_shape, query.dtype)
-    if plan.keeps:
-        outputs["sums"] = ((plan.programs, 2, 64 * plan.value_width), jnp.float32)
+    return plan, inputs
+
+
+def _run(body, plan: Plan, inputs: dict, outputs: dict, scratch: dict, programs: int, threads: int):
+    """Runs a kernel: outputs by name, from their shapes and dtypes."""
     arrays = _primitives.vary_alike(*inputs.values())
-    body = partial(kernels.forward_kernel, plan, (*inputs, *outputs))
+    names = (*inputs, *outputs)
 
-    def dpfa_mosaic_forward(*refs, **shared):
-        body(*refs, **shared)
+    def kernel(*refs, **shared):
+        body(plan, names, *refs, **shared)
 
+    kernel.__name__ = f"dpfa_mosaic_{body.__name__}"
     found = plgpu.kernel(
-        dpfa_mosaic_forward,
-        out_type=[triton._shape(*kind, like=arrays[0]) for kind in outputs.values()],
-        scratch_types=kernels.scratch(plan),
-        grid=(plan.programs,),
+        kernel,
+        out_type=[_shape(*kind, like=arrays[0]) for kind in outputs.values()],
+        scratch_types=scratch,
+        grid=(programs,),
         grid_names=("program",),
-        num_threads=3 + plan.noisy,
+        num_threads=threads,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
@@ -112,10 +167,69 @@ def forward(operands: Operands, spec: Spec, **changes) -> tuple[jax.Array, tuple
             lowering_semantics=LoweringSemantics.Lane,
         ),
     )(*arrays)
-    found = dict(zip(outputs, found, strict=True))
-    out, clean = found["out"], found.get("clean", found["out"])
-    width = operands.value.shape[3]
-    out, clean = out[:, :queries, :, :width], clean[:, :queries, :, :width]
-    mass = found["mass"][:, :, :queries]
-    factor = found["factor"][:, :, :queries] if bound is not None else jnp.ones_like(mass)
-    return out, (clean, mass, factor, None)
+    return dict(zip(outputs, found, strict=True))
+
+
+def forward(
+    operands: Operands, spec: Spec, *, shape: kernels.Shape | None = None
+) -> tuple[jax.Array, tuple]:
+    """The answer (B, T, N, h) in the query's dtype, and the residuals that `backward` wants.
+
+    Args:
+      operands: the call's arrays; `noise_key` is needed unless `spec.noise` is "none".
+      spec: the static description.
+      shape: how to cut the kernel, by default from the width.
+
+    Returns:
+      The answer, the noise added in float32 before the cast; and the clean answer, denominators,
+      factors of the projection and running maxima.
+    """
+    shape = _cut(operands, spec) if shape is None else shape
+    plan, inputs = _plan(operands, spec, shape)
+    if plan.noisy:
+        inputs["noise_key"] = operands.noise_key
+    rows = (plan.batch, plan.heads, plan.query_blocks * plan.block_q)
+    bound = spec.ball if spec.ball is not None else spec.row_clip
+    answer = (*inputs["query"].shape[:3], plan.value_width)
+    outputs: dict = {"out": (answer, operands.query.dtype), "mass": (rows, jnp.float32)}
+    if bound is not None:
+        outputs["factor"] = (rows, jnp.float32)
+    if plan.online:
+        outputs["best"] = (rows, jnp.float32)
+    if spec.noise == "rows":
+        outputs["clean"] = outputs["out"]
+    outputs |= {name: (size, jnp.float32) for name, size in kernels.buffers(plan).items()}
+    threads = shape.compute + 1 + plan.noisy
+    scratch = kernels.scratch(plan)
+    found = _run(kernels.forward_kernel, plan, inputs, outputs, scratch, plan.programs, threads)
+    queries, width = plan.queries, operands.value.shape[3]
+    out, clean = (
+        found[name][:, :queries, :, :width]
+        for name in ("out", "clean" if "clean" in found else "out")
+    )
+    mass, factor, best = (
+        found[name][:, :, :queries] if name in found else None
+        for name in ("mass", "factor", "best")
+    )
+    factor = jnp.ones_like(mass) if factor is None else factor
+    return out, (clean, mass, factor, best)
+
+
+def column_squares(operands: Operands, spec: Spec) -> jax.Array:
+    """Σ_i w_ij² over the queries and heads that read key j: (B, S, K) float32.
+
+    With the scores of `forward`, bit for bit: a weight that were larger there than here would
+    exceed the norm that a record's contribution is clipped to.
+    """
+    plan, inputs = _plan(operands, spec, kernels.Shape())
+    # Weights of float16 are raised in `forward` only.
+    inputs["offsets"] = inputs["offsets"] - plan.shift
+    del inputs["value"]
+    kv_heads = plan.heads // plan.group
+    padded = plan.key_blocks * plan.shape.block_k
+    outputs = {"squares": ((plan.batch, kv_heads, 8, padded), jnp.float32)}
+    programs = plan.key_blocks * kv_heads * plan.batch
+    scratch = kernels.column_scratch(plan)
+    found = _run(kernels.column_kernel, plan, inputs, outputs, scratch, programs, 2)
+    squares = jnp.sum(found["squares"], axis=2)[:, :, : plan.keys]
+    return jnp.swapaxes(squares, 1, 2)

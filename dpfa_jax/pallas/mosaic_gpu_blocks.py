@@ -17,16 +17,13 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, memref
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref, scf
 
 from dpfa_jax import random
 from dpfa_jax.doubleword import grid_step
 
 ROWS = 64
 """Rows of one warpgroup's tile."""
-
-RANGE = 128.0
-"""A weight below 2⁻¹²⁸ is 0."""
 
 _WARPGROUP = 128
 _PACKED = plgpu.Layout.WGMMA
@@ -84,16 +81,16 @@ def _numbers(array):
     return [_element(register, i) for register in array.registers.flat for i in range(length)]
 
 
-def _from_numbers(numbers, shape, layout):
+def _from_numbers(numbers, shape, layout, *, signed=None):
     registers = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)
     length = len(numbers) // registers.size
     for index in range(registers.size):
         registers.flat[index] = _vector(*numbers[index * length : (index + 1) * length])
-    return _array(registers, layout)
+    return _array(registers, layout, signed=signed)
 
 
-def _array(registers, layout):
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+def _array(registers, layout, *, signed=None):
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=signed)
 
 
 def _bits(value, kind):
@@ -129,85 +126,220 @@ class Matrix:
         return _half(self.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """How scores become weights: 2^(min(score, cap)·factor + offset), NaN giving 0.
+_CAPPED = (
+    "{{ .reg .f32 a, b; min.ftz.f32 a, $3, {cap}; min.ftz.f32 b, $4, {cap};"
+    " fma.rn.ftz.f32 a, a, {factor}, $5; fma.rn.ftz.f32 b, b, {factor}, $6;"
+    " ex2.approx.ftz.f32 $1, a; ex2.approx.ftz.f32 $2, b;"
+    " cvt.rn.{half}x2.f32 $0, $2, $1; }}"
+)
+_ONLINE = (
+    "{{ .reg .f32 a, b; sub.ftz.f32 a, $3, $5; sub.ftz.f32 b, $4, $5;"
+    " ex2.approx.ftz.f32 $1, a; ex2.approx.ftz.f32 $2, b;"
+    " cvt.rn.{half}x2.f32 $0, $2, $1; }}"
+)
 
-    Attributes:
+
+def _rounded(pairs, text: str, half: str):
+    """Words of two rounded weights, and the sums of each row's weights before they are rounded."""
+    kinds = _i32(), _f32(), _f32()
+    words, sums = [], [[], []]
+    for index, operands in enumerate(pairs):
+        constraints = ",".join(["=r", "=f", "=f"] + ["f"] * len(operands))
+        struct = llvm.StructType.get_literal(list(kinds))
+        three = _asm(struct, operands, text, constraints)
+        word, *two = (llvm.extractvalue(kind, three, [i]) for i, kind in enumerate(kinds))
+        if half == "f16":
+            # Below the normal numbers rounding could double a weight.
+            one = _int(0x3C003C00)
+            word = _asm(_i32(), [word, one], "mul.rn.ftz.f16x2 $0, $1, $2;", "=r,r,r")
+        words.append(word)
+        row = sums[index % 2]
+        # Two chains a row.
+        row[:] = two if not row else [arith.addf(a, b) for a, b in zip(row, two, strict=True)]
+    return words, [arith.addf(*row) for row in sums]
+
+
+def _packed(words, shape, dtype):
+    kind = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
+    registers = np.empty(_PACKED.to_mgpu().registers_shape(shape), dtype=object)
+    for index, word in enumerate(words):
+        registers.flat[index] = llvm.bitcast(kind, word)
+    return _array(registers, _PACKED)
+
+
+def capped_weights(scores, offset, mass, *, cap: float, factor: float, dtype):
+    """2^(min(score, cap)·factor + offset), rounded; a score that is NaN counts as the cap.
+
+    Args:
+      scores: (64, keys) float32.
+      offset: (keys,) float32, −∞ for a weight of 0.
+      mass: (64,) float32, a share in each of a row's four threads; `row_sums` adds them up.
       cap: in the unit of the scores.
       factor: of the scores, into units of ln 2, > 0.
       dtype: of the rounded weights.
+
+    Returns:
+      The weights, and `mass` plus what they were before they were rounded.
     """
+    half, shape = _half(dtype), scores.shape
+    text = _CAPPED.format(cap=_hex(cap), factor=_hex(factor), half=half)
 
-    cap: float
-    factor: float
-    dtype: Any
+    @plgpu.inline_mgpu(
+        arg_types=(_TILE, _COLUMN, _ROW),
+        return_type=(
+            plgpu.ShapeDtypeStruct(shape, dtype, _PACKED),
+            plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, _ROW),
+        ),
+    )
+    def run(_, scores, offset, mass):
+        given, offsets = _numbers(scores), _numbers(offset)
+        pairs = [
+            [*given[2 * i :][:2], *offsets[2 * (i // 2) :][:2]] for i in range(len(given) // 2)
+        ]
+        words, sums = _rounded(pairs, text, half)
+        sums = [arith.addf(a, b) for a, b in zip(_numbers(mass), sums, strict=True)]
+        return _packed(words, shape, dtype), _from_numbers(sums, (ROWS,), _ROW)
 
-    def __call__(self, scores, offset, mass):
-        """Rounded weights, and `mass` plus each thread's share of their sums.
+    return run(scores, offset, mass)
 
-        The multiply-add saturates to [0, 1], which is the cap, and the floor of the exponent.
 
-        Args:
-          scores: (64, keys) float32.
-          offset: (keys,) float32: that of the formula above, less cap·factor and `RANGE`.
-          mass: (64,) float32, a different share in each thread; `row_sum` adds them up.
-        """
-        slope = self.factor / RANGE
-        rise = 1.0 - self.cap * slope
-        half = _half(self.dtype)
-        text = (
-            "{ .reg .f32 a, b;"
-            f" fma.rn.sat.ftz.f32 a, $1, {_hex(slope)}, {_hex(rise)};"
-            f" fma.rn.sat.ftz.f32 b, $2, {_hex(slope)}, {_hex(rise)};"
-            f" fma.rn.ftz.f32 a, a, {_hex(RANGE)}, $3;"
-            f" fma.rn.ftz.f32 b, b, {_hex(RANGE)}, $4;"
-            " ex2.approx.ftz.f32 a, a; ex2.approx.ftz.f32 b, b;"
-            f" cvt.rn.{half}x2.f32 $0, b, a; }}"
-        )
-        shape = scores.shape
+def online_weights(scores, offset, mass, best, *, factor: float, shift: int, dtype):
+    """2^(score·factor + offset − best + shift), rounded; arguments as in `capped_weights`.
 
-        @plgpu.inline_mgpu(
-            arg_types=(_TILE, _COLUMN, _ROW),
-            return_type=(
-                plgpu.ShapeDtypeStruct(shape, self.dtype, _PACKED),
-                plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, _ROW),
-            ),
-        )
-        def run(_, scores, offset, mass):
-            kind = ir.BF16Type.get() if half == "bf16" else ir.F16Type.get()
-            packed = ir.VectorType.get((2,), kind)
-            given, offsets = _numbers(scores), _numbers(offset)
-            rounded = []
-            sums: list[list[Any]] = [[None, None], [None, None]]
-            for index in range(len(given) // 2):
-                column, row = divmod(index, 2)
-                pair = slice(2 * index, 2 * index + 2)
-                shift = offsets[2 * column : 2 * column + 2]
-                word = _asm(_i32(), [*given[pair], *shift], text, "=r,f,f,f,f")
-                if half == "bf16":
-                    first = _bits(arith.shli(word, _int(16)), _f32())
-                    second = _bits(arith.andi(word, _int(0xFFFF0000)), _f32())
-                else:
-                    # Below the normal numbers rounding could double a weight.
-                    word = _asm(_i32(), [word, _int(0x3C003C00)], "mul.rn.ftz.f16x2 $0, $1, $2;", "=r,r,r")
-                    vector = llvm.bitcast(packed, word)
-                    first = arith.extf(_f32(), _element(vector, 0))
-                    second = arith.extf(_f32(), _element(vector, 1))
-                rounded.append(llvm.bitcast(packed, word))
-                for i, x in enumerate((first, second)):
-                    known = sums[row][i]
-                    sums[row][i] = x if known is None else arith.addf(known, x)
-            registers = np.empty(_PACKED.to_mgpu().registers_shape(shape), dtype=object)
-            for index, register in enumerate(rounded):
-                registers.flat[index] = register
-            total = [
-                arith.addf(old, arith.addf(*parts))
-                for old, parts in zip(_numbers(mass), sums, strict=True)
-            ]
-            return _array(registers, _PACKED), _from_numbers(total, (ROWS,), _ROW)
+    Args:
+      best: (64,) float32, the largest exponent of earlier keys.
+      shift: powers of two by which weights are raised.
 
-        return run(scores, offset, mass)
+    Returns:
+      The weights, `mass` in units of the new largest exponent plus their sums, that exponent, and
+      the factor that brings earlier sums to it.
+    """
+    half, shape = _half(dtype), scores.shape
+    text = _ONLINE.format(half=half)
+    row = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, _ROW)
+    level = (
+        "{ .reg .f32 a; fma.rn.ftz.f32 a, $1, " + _hex(factor) + ", $2;"
+        f" max.ftz.f32 a, a, {_hex(-3e38)}; min.ftz.f32 $0, a, {_hex(3e38)}; }}"
+    )
+
+    @plgpu.inline_mgpu(
+        arg_types=(_TILE, _COLUMN, _ROW, _ROW),
+        return_type=(plgpu.ShapeDtypeStruct(shape, dtype, _PACKED), row, row, row),
+    )
+    def run(_, scores, offset, mass, best):
+        given, offsets, old = _numbers(scores), _numbers(offset), _numbers(best)
+        levels = [
+            _asm(_f32(), [x, offsets[2 * (i // 4) + i % 2]], level, "=f,f,f")
+            for i, x in enumerate(given)
+        ]
+        new = list(old)
+        for i, x in enumerate(levels):
+            new[i // 2 % 2] = arith.maxnumf(new[i // 2 % 2], x)
+        for distance in (1, 2):
+            new = [arith.maxnumf(x, mgpu.utils.shfl_bfly(x, distance)) for x in new]
+        raised = [arith.subf(x, _float(float(shift))) for x in new]
+        pairs = [[*levels[2 * i :][:2], raised[i % 2]] for i in range(len(levels) // 2)]
+        words, sums = _rounded(pairs, text, half)
+        shrink = [
+            _approximate("ex2", arith.subf(a, b)) for a, b in zip(old, new, strict=True)
+        ]
+        sums = [_fma(m, f, x) for m, f, x in zip(_numbers(mass), shrink, sums, strict=True)]
+        rows = (_from_numbers(x, (ROWS,), _ROW) for x in (sums, new, shrink))
+        return _packed(words, shape, dtype), *rows
+
+    return run(scores, offset, mass, best)
+
+
+def scaled(tile, factor):
+    """Rows of a tile (64, width) times (64,) numbers."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(_TILE, _ROW),
+        return_type=plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, _TILE),
+    )
+    def run(_, tile, factor):
+        rows = _numbers(factor)
+        found = [arith.mulf(x, rows[i // 2 % 2]) for i, x in enumerate(_numbers(tile))]
+        return _from_numbers(found, tile.shape, _TILE)
+
+    return run(tile, factor)
+
+
+def squares(scores, offset, total, *, cap: float, factor: float):
+    """`total` plus the squares of the unrounded `capped_weights`, (64, keys)."""
+    shape = scores.shape
+    text = (
+        f"{{ .reg .f32 a; min.ftz.f32 a, $1, {_hex(cap)};"
+        f" fma.rn.ftz.f32 a, a, {_hex(factor)}, $2; ex2.approx.ftz.f32 $0, a; }}"
+    )
+
+    @plgpu.inline_mgpu(
+        arg_types=(_TILE, _COLUMN, _TILE),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, _TILE),
+    )
+    def run(_, scores, offset, total):
+        offsets = _numbers(offset)
+        found = []
+        for i, (x, old) in enumerate(zip(_numbers(scores), _numbers(total), strict=True)):
+            weight = _asm(_f32(), [x, offsets[2 * (i // 4) + i % 2]], text, "=f,f,f")
+            found.append(_fma(weight, weight, old))
+        return _from_numbers(found, shape, _TILE)
+
+    return run(scores, offset, total)
+
+
+def write_column_sums(tile, ref):
+    """Sums over each warp's 16 rows of a tile (64, keys): written to ref (4, keys)."""
+
+    @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.RefType()))
+    def run(_, tile, ref):
+        numbers = _numbers(tile)
+        row, lane = _lane_row_and_column()
+        warp = arith.shrui(row, _int(4))
+        index = ir.IndexType.get()
+        first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(row, _int(15)), _int(0))
+        sums = []
+        for pair in range(len(numbers) // 4):
+            for i in (0, 1):
+                value = arith.addf(numbers[4 * pair + i], numbers[4 * pair + 2 + i])
+                for distance in (4, 8, 16):
+                    value = arith.addf(value, mgpu.utils.shfl_bfly(value, distance))
+                sums.append(value)
+        branch = scf.IfOp(first)
+        with ir.InsertionPoint(branch.then_block):
+            for number, value in enumerate(sums):
+                column = arith.addi(arith.shli(lane, _int(1)), _int(number // 2 * 8 + number % 2))
+                place = [arith.index_cast(index, x) for x in (warp, column)]
+                memref.store(value, ref, place)
+            scf.yield_([])
+
+    run(tile, ref)
+
+
+def _exact_sum(a, b):
+    """The rounded sum and its exact error (Knuth)."""
+    total = arith.addf(a, b)
+    other = arith.subf(total, a)
+    left = arith.subf(a, arith.subf(total, other))
+    return total, arith.addf(left, arith.subf(b, other))
+
+
+def row_sums(high, low):
+    """Double words over each row's four threads added up: two (64,) float32, in all four."""
+    kind = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, _ROW)
+
+    @plgpu.inline_mgpu(arg_types=(_ROW, _ROW), return_type=(kind, kind))
+    def run(_, high, low):
+        found = []
+        for a, b in zip(_numbers(high), _numbers(low), strict=True):
+            for distance in (1, 2):
+                rest = arith.addf(b, mgpu.utils.shfl_bfly(b, distance))
+                a, error = _exact_sum(a, mgpu.utils.shfl_bfly(a, distance))
+                b = arith.addf(rest, error)
+            found.append((a, b))
+        return tuple(_from_numbers(list(x), (ROWS,), _ROW) for x in zip(*found, strict=True))
+
+    return run(high, low)
 
 
 def _step_offsets(ref, swizzle: int, rows: int, *, product: str):
@@ -397,23 +529,23 @@ def unset(width: int):
     return run()
 
 
-def finish(total, weights):
+def finish(total, spent):
     """The sums, once no product is in flight.
 
     Args:
       total: from `overlapped`.
-      weights: what was given to it.
+      spent: the weights that were given to it: their registers are free only now.
     """
 
     @plgpu.inline_mgpu(
         arg_types=(_TILE, _PACKED),
         return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, _TILE),
     )
-    def run(_, total, weights):
-        spent = [llvm.bitcast(_i32(), register) for register in weights.registers.flat]
-        return _from_numbers(_wait_group(_numbers(total), 0, spent), total.shape, _TILE)
+    def run(_, total, spent):
+        words = [llvm.bitcast(_i32(), register) for register in spent.registers.flat]
+        return _from_numbers(_wait_group(_numbers(total), 0, words), total.shape, _TILE)
 
-    return run(total, weights)
+    return run(total, spent)
 
 
 def sums(value_ref, weights, total, add, matrix):
@@ -432,86 +564,67 @@ def sums(value_ref, weights, total, add, matrix):
     return run(value_ref, weights, total, add)
 
 
-def row_sum(shares):
-    """The sums over each row's four threads of what they hold, in all four."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(_ROW,), return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, _ROW)
-    )
-    def run(_, shares):
-        sums = _numbers(shares)
-        for distance in (1, 2):
-            sums = [arith.addf(x, mgpu.utils.shfl_bfly(x, distance)) for x in sums]
-        return _from_numbers(sums, (ROWS,), _ROW)
-
-    return run(shares)
-
-
 def _thread():
     """This thread's number in its warpgroup."""
     thread = arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x))
     return arith.andi(thread, _int(_WARPGROUP - 1))
 
 
-def _lane_address(ref, vector_bytes: int):
-    """Address of this thread's first vector in a global buffer of vectors, thread fastest."""
+def _own(ref):
+    """PTX name of the memory, address and constraint of this thread's first four numbers."""
     i64 = ir.IntegerType.get_signless(64)
-    thread = _thread()
-    offset = arith.extui(i64, arith.muli(thread, _int(vector_bytes)))
     base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
-    return arith.addi(base, offset)
+    address = arith.addi(base, arith.extui(i64, arith.muli(_thread(), _int(16))))
+    if mgpu.utils.is_smem_ref(ref):
+        return "shared", arith.trunci(_i32(), address), "r"
+    return "global", address, "l"
 
 
-def keep(tile, ref, *, add: bool):
-    """Writes a tile to this warpgroup's own global buffer, or adds it there, thread by thread.
+_STRIDE = 16 * _WARPGROUP
 
-    No thread reads or writes what another does, so program order is all the order there is.
+
+def keep(tile, ref):
+    """Writes a tile (64, width) to a warpgroup's buffer, each thread its own numbers.
+
+    The same thread of another warpgroup reads them by `kept`, after a barrier.
 
     Args:
-      tile: (64, width) float32.
-      ref: (64·width,) float32.
-      add: whether to add.
+      tile: float32.
+      ref: (64·width,) float32, in shared or global memory.
     """
-    verb = "red.relaxed.gpu.global.add.v4.f32" if add else "st.global.v4.f32"
 
     @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.RefType()))
     def run(_, tile, ref):
-        address = _lane_address(ref, 16)
-        words = _numbers(tile)
-        for index in range(0, len(words), 4):
-            offset = index // 4 * 16 * _WARPGROUP
-            _asm(
-                ir.Type.parse("!llvm.void"),
-                [address, *words[index : index + 4]],
-                f"{verb} [$0+{offset}], {{$1, $2, $3, $4}};",
-                "l,f,f,f,f,~{memory}",
-                effects=True,
-            )
-        return None
+        space, address, kind = _own(ref)
+        numbers = _numbers(tile)
+        void = ir.Type.parse("!llvm.void")
+        for index in range(0, len(numbers), 4):
+            text = f"st.{space}.v4.f32 [$0+{index // 4 * _STRIDE}], {{$1, $2, $3, $4}};"
+            four = numbers[index : index + 4]
+            _asm(void, [address, *four], text, f"{kind},f,f,f,f,~{{memory}}", effects=True)
 
     run(tile, ref)
 
 
+def _load_four(space: str, address, kind: str, offset: int):
+    struct = llvm.StructType.get_literal([_f32()] * 4)
+    order = ".relaxed.gpu" if space == "global" else ""
+    text = f"ld{order}.{space}.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    found = _asm(struct, [address], text, f"=f,=f,=f,=f,{kind},~{{memory}}", effects=True)
+    return [llvm.extractvalue(_f32(), found, [i]) for i in range(4)]
+
+
 def kept(ref, width: int):
-    """The tile that `keep` has summed up: (64, width) float32."""
+    """The tile that `keep` wrote: (64, width) float32."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
         return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, _TILE),
     )
     def run(_, ref):
-        address = _lane_address(ref, 16)
-        kind = llvm.StructType.get_literal([_f32()] * 4)
-        found = []
-        for offset in range(0, ROWS * width * 4, 16 * _WARPGROUP):
-            four = _asm(
-                kind,
-                [address],
-                f"ld.relaxed.gpu.global.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];",
-                "=f,=f,=f,=f,l,~{memory}",
-                effects=True,
-            )
-            found += [llvm.extractvalue(_f32(), four, [i]) for i in range(4)]
+        place = _own(ref)
+        offsets = range(0, ROWS * width * 4, _STRIDE)
+        found = [number for offset in offsets for number in _load_four(*place, offset)]
         return _from_numbers(found, (ROWS, width), _TILE)
 
     return run(ref)
@@ -548,27 +661,30 @@ def _approximate(name, x):
     return _asm(_f32(), [x], f"{name}.approx.ftz.f32 $0, $1;", "=f,f")
 
 
+def _fma(a, b, c):
+    return llvm.intr_fma(a, b, c)
+
+
 def _normal_pair(first, second, scale: float):
     """`random.normal_pair` times `scale`, with the device's approximate functions."""
-    mul, add = arith.mulf, arith.addf
+    mul = arith.mulf
     upper = arith.shrsi(first, _int(31))
     high = arith.sitofp(_f32(), arith.xori(first, upper))
     low = arith.sitofp(_f32(), arith.shrui(arith.xori(second, upper), _int(24)))
-    small = mul(
-        add(mul(high, _float(256.0)), add(low, _float(0.5))), _float(2.0**-40)
-    )
-    flipped = arith.cmpi(arith.CmpIPredicate.ne, upper, _int(0))
-    inner = add(_float(1.0 / 3.0), mul(small, _float(0.25)))
-    inner = add(_float(0.5), mul(small, inner))
-    series = mul(small, add(_float(1.0), mul(small, inner)))
+    small = _fma(low, _float(2.0**-40), _float(2.0**-41))
+    small = _fma(high, _float(2.0**-32), small)
+    flipped = arith.cmpi(arith.CmpIPredicate.slt, first, _int(0))
+    series = _fma(small, _float(1.0 / 3.0), _float(0.5))
+    series = mul(small, _fma(small, series, _float(1.0)))
     argument = arith.select(flipped, arith.subf(_float(1.0), small), small)
     logarithm = mul(_float(-math.log(2.0)), _approximate("lg2", argument))
     tiny = arith.cmpf(arith.CmpFPredicate.OLT, small, _float(1.0 / 64.0))
     square = arith.select(arith.andi(flipped, tiny), series, logarithm)
-    radius = mul(_approximate("sqrt", mul(_float(2.0), square)), _float(scale))
-    turn = arith.shrsi(arith.shli(second, _int(8)), _int(8))
-    turn = add(arith.sitofp(_f32(), turn), _float(0.5))
-    angle = mul(turn, _float(2.0 * math.pi / 2.0**24))
+    # √2 as a second factor: no scale can make the square overflow.
+    radius = mul(_approximate("sqrt", square), _float(scale * math.sqrt(2.0)))
+    turn = arith.sitofp(_f32(), arith.shrsi(arith.shli(second, _int(8)), _int(8)))
+    step = 2.0 * math.pi / 2.0**24
+    angle = _fma(turn, _float(step), _float(step / 2))
     return mul(radius, _approximate("cos", angle)), mul(radius, _approximate("sin", angle))
 
 
@@ -604,7 +720,7 @@ def matrix_noise(key_ref, batch, head, start, chunk, width: int, noise_std: floa
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR, _SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, _PACKED),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, _TILE),
     )
     def run(_, key_ref, batch, head, start, chunk):
         key = _key(key_ref)
@@ -620,59 +736,94 @@ def matrix_noise(key_ref, batch, head, start, chunk, width: int, noise_std: floa
                 two = _normal_pair(words[2 * pair], words[2 * pair + 1], noise_std)
                 drawn[2 * pair + half] = two
         numbers = [number for pair in drawn for number in pair]
-        return _from_numbers(numbers, (ROWS, width), _PACKED)
+        return _from_numbers(numbers, (ROWS, width), _TILE)
 
     return run(key_ref, batch, head, start, chunk)
 
 
-def row_noise(key_ref, batch, head, start, noise_std: float, out_ref):
-    """Writes normals times `noise_std` of rows start..start+128, start a multiple of 128.
+def row_noise(key_ref, batch, head, start, rows: int, noise_std: float, out_ref):
+    """Writes normals times `noise_std` of rows start..start+rows, both multiples of 16.
 
-    Rows r and r + 8 of a group of 16 are one pair of one block. Of the four threads of a row, the
-    first serves the first 64 rows and the second the others.
+    One thread draws a whole block: pair j is rows 16r + j and that + 8.
 
     Args:
       key_ref: eight uint32 in global memory.
       batch: int32 scalar, global.
       head: int32 scalar, global.
       start: int32 scalar, global row.
+      rows: their number, at most 512.
       noise_std: standard deviation.
-      out_ref: (128,) float32 in shared memory.
+      out_ref: (rows,) float32 in global memory.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR, plgpu.RefType()))
     def run(_, key_ref, batch, head, start, out_ref):
-        key = _key(key_ref)
-        row, lane = _lane_row_and_column()
-        row = arith.addi(row, arith.shli(arith.andi(lane, _int(1)), _int(6)))
-        block = arith.shrui(arith.addi(row, _scalar(start)), _int(4))
-        tagged = arith.ori(_int(_ROWS_DOMAIN << 24), _scalar(head))
-        words = _chacha(key, [block, _int(0), _scalar(batch), tagged])
-        within = arith.andi(row, _int(7))
-        first, second = words[0], words[1]
-        for pair in range(1, 8):
-            here = arith.cmpi(arith.CmpIPredicate.eq, within, _int(pair))
-            first = arith.select(here, words[2 * pair], first)
-            second = arith.select(here, words[2 * pair + 1], second)
-        drawn = _normal_pair(first, second, noise_std)
-        index = ir.IndexType.get()
-        # Threads 2 and 3 of a row write what 0 and 1 do.
-        for half in range(2):
-            place = arith.index_cast(index, arith.addi(row, _int(8 * half)))
-            memref.store(drawn[half], out_ref, [place])
-        return None
+        thread = _thread()
+        mine = arith.cmpi(arith.CmpIPredicate.ult, thread, _int(rows // 16))
+        branch = scf.IfOp(mine)
+        with ir.InsertionPoint(branch.then_block):
+            block = arith.addi(arith.shrui(_scalar(start), _int(4)), thread)
+            tagged = arith.ori(_int(_ROWS_DOMAIN << 24), _scalar(head))
+            words = _chacha(_key(key_ref), [block, _int(0), _scalar(batch), tagged])
+            first = arith.shli(thread, _int(4))
+            for pair in range(8):
+                drawn = _normal_pair(words[2 * pair], words[2 * pair + 1], noise_std)
+                for half in range(2):
+                    place = arith.addi(first, _int(pair + 8 * half))
+                    place = arith.index_cast(ir.IndexType.get(), place)
+                    memref.store(drawn[half], out_ref, [place])
+            scf.yield_([])
 
     run(key_ref, batch, head, start, out_ref)
+
+
+def rows_kept(ref):
+    """(64,) float32 from global memory that another warpgroup wrote."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, _ROW),
+    )
+    def run(_, ref):
+        i64 = ir.IntegerType.get_signless(64)
+        row, _ = _lane_row_and_column()
+        base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+        address = arith.addi(base, arith.extui(i64, arith.shli(row, _int(2))))
+        found = []
+        for half in range(2):
+            text = f"ld.relaxed.gpu.global.f32 $0, [$1+{32 * half}];"
+            found.append(_asm(_f32(), [address], text, "=f,l,~{memory}", effects=True))
+        return _from_numbers(found, (ROWS,), _ROW)
+
+    return run(ref)
+
+
+def same(row_ids, column_ids):
+    """Whether row and column have one id: (64, keys) boolean."""
+    shape = (ROWS, column_ids.shape[0])
+
+    @plgpu.inline_mgpu(
+        arg_types=(_ROW, _COLUMN), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bool_, _TILE)
+    )
+    def run(_, row_ids, column_ids):
+        rows, columns = _numbers(row_ids), _numbers(column_ids)
+        found = [
+            arith.cmpi(arith.CmpIPredicate.eq, rows[i // 2 % 2], columns[2 * (i // 4) + i % 2])
+            for i in range(2 * len(columns))
+        ]
+        return _from_numbers(found, shape, _TILE, signed=False)
+
+    return run(row_ids, column_ids)
 
 
 def on_grid(tile, spec, *, denominator: bool = False):
     """The nearest multiple of the noise's public grid where the call asks for it.
 
-    1.5·2²³ steps of the grid leave no bits below one step; a number of 2²² steps or more is kept.
+    Beside 1.5·2²³ steps of the grid a number keeps no bits below one step; one that is larger than
+    that loses bits of its own, which are post-processed away like the others.
     """
     if not spec.on_grid:
         return tile
     step = grid_step(spec.denominator_std if denominator else spec.noise_std)
     shift = 1.5 * 2.0**23 * step
-    rounded = (tile + shift) - shift
-    return jnp.where(jnp.abs(tile) < 2.0**22 * step, rounded, tile)
+    return (tile + shift) - shift

@@ -17,13 +17,39 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax._typing import Spec
+from dpfa_jax.doubleword import add_word, round_after
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 
 ROWS = blocks.ROWS
+_PAIR = 2
 LOG2_E = math.log2(math.e)
-_COMPUTE = 2
 _PACKED, _TILE = plgpu.Layout.WGMMA, plgpu.Layout._WGMMA_ACC_32BIT
 _COLUMN, _ROW = _PACKED.reduce(0), _PACKED.reduce(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How the kernel is cut.
+
+    Attributes:
+      block_k: keys of one tile, a multiple of 16.
+      stages: tiles of keys and of values in shared memory.
+      compute: warpgroups that compute.
+      flush: key tiles of one accumulator.
+      slots: tiles whose noise may wait to be used.
+      noise: where it waits, "shared" or "global" memory.
+      registers: of the computing, copying and drawing threads, a multiple of 8 each.
+      nearby: bytes of keys and values that tiles in flight may read.
+    """
+
+    block_k: int = 128
+    stages: int = 2
+    compute: int = 2
+    flush: int = 4
+    slots: int = 2
+    noise: str = "global"
+    registers: tuple[int, int, int] = (208, 24, 72)
+    nearby: int = 24 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +58,7 @@ class Plan:
 
     Attributes:
       spec: what is computed.
+      shape: how it is cut.
       batch: B.
       memories: B or 1.
       queries: T.
@@ -41,16 +68,14 @@ class Plan:
       key_width: H, a multiple of 16.
       value_width: h, a multiple of 16.
       dtype: of the matrix products.
-      block_k: keys of one tile, a multiple of 64.
-      stages: tiles of keys and of values in shared memory.
       programs: blocks of the grid.
-      flush: key tiles of one accumulator.
       shift: powers of two by which weights are raised.
       segments: whether there are segment ids.
-      biases: 1 or B: batch size of the offsets.
+      offsets: 1 or B: batch size of the offsets.
     """
 
     spec: Spec
+    shape: Shape
     batch: int
     memories: int
     queries: int
@@ -60,18 +85,15 @@ class Plan:
     key_width: int
     value_width: int
     dtype: Any
-    block_k: int
-    stages: int
     programs: int
-    flush: int
     shift: int = 0
     segments: bool = False
-    biases: int = 1
+    offsets: int = 1
 
     @property
     def block_q(self) -> int:
         """Queries of one tile of the grid."""
-        return ROWS * _COMPUTE
+        return ROWS * self.shape.compute
 
     @property
     def query_blocks(self) -> int:
@@ -81,7 +103,7 @@ class Plan:
     @property
     def key_blocks(self) -> int:
         """Tiles along the keys."""
-        return -(-self.keys // self.block_k)
+        return -(-self.keys // self.shape.block_k)
 
     @property
     def tiles(self) -> int:
@@ -94,14 +116,14 @@ class Plan:
         return self.spec.noise != "none"
 
     @property
+    def row_noisy(self) -> bool:
+        """Whether denominators have noise."""
+        return self.spec.noise == "sums" and self.released
+
+    @property
     def released(self) -> bool:
         """Whether the denominator is used."""
         return self.spec.denominator_std != math.inf
-
-    @property
-    def keeps(self) -> bool:
-        """Whether some sum needs more than one accumulator."""
-        return self.key_blocks > self.flush
 
     @property
     def sides(self) -> tuple[int | None, int | None]:
@@ -113,17 +135,38 @@ class Plan:
 
     @property
     def masked(self) -> bool:
-        """Whether every key tile is masked, not only the one on the diagonal."""
-        return self.segments or self.spec.window is not None
+        """Whether every key tile is masked, not only those on the diagonal."""
+        return self.segments or self.spec.window is not None or self.edge > 2
 
     @property
-    def weights(self) -> blocks.Weights:
-        """The map from scores to weights."""
-        cap = self.spec.score_cap
-        assert cap is not None
-        return blocks.Weights(
-            cap=min(cap / self.spec.scale, 3e38), factor=self.spec.scale * LOG2_E, dtype=self.dtype
-        )
+    def edge(self) -> int:
+        """Key tiles on the diagonal of a query tile."""
+        if not self.spec.is_causal or self.spec.window is not None:
+            return 0
+        return max(1, self.block_q // self.shape.block_k) if not (
+            self.block_q % self.shape.block_k and self.shape.block_k % self.block_q
+        ) else 3
+
+    @property
+    def online(self) -> bool:
+        """Whether the reference is the running maximum."""
+        return self.spec.score_cap is None
+
+    @property
+    def joins(self) -> bool:
+        """Whether an accumulator must be emptied: only the rounding of released sums is charged."""
+        released = self.spec.noise == "sums" and self.spec.ball is not None
+        return released and self.key_blocks > self.shape.flush
+
+    @property
+    def cap(self) -> float:
+        """The public reference in the unit of the products of rows."""
+        return min((self.spec.score_cap or 0.0) / self.spec.scale, 3e38)
+
+    @property
+    def factor(self) -> float:
+        """Of the scores, into units of ln 2."""
+        return self.spec.scale * LOG2_E
 
     @property
     def matrices(self) -> tuple[blocks.Matrix, blocks.Matrix]:
@@ -134,23 +177,34 @@ class Plan:
         )
 
     def place(self, tile):
-        """Tile number → (query block, head, batch); the longest causal rows of a head first."""
-        count = jnp.int32(self.query_blocks)
-        block, rest = lax.rem(tile, count), lax.div(tile, count)
+        """Tile number → (query block, head, batch).
+
+        Heads whose keys and values fit the cache together are neighbours; among them the longest
+        causal rows come first.
+        """
+        total = self.batch * self.heads
+        one = 2 * self.keys * (self.key_width + self.value_width)
+        near = max(1, self.shape.nearby // one) * self.group
+        near = min(total, near)
+        size = near * self.query_blocks
+        region, rest = lax.div(tile, jnp.int32(size)), lax.rem(tile, jnp.int32(size))
+        width = jnp.minimum(total - region * near, near)
+        block, head = lax.div(rest, width), lax.rem(rest, width) + region * near
         if self.spec.is_causal:
-            block = count - 1 - block
-        return block, lax.rem(rest, jnp.int32(self.heads)), lax.div(rest, jnp.int32(self.heads))
+            block = self.query_blocks - 1 - block
+        return block, lax.rem(head, jnp.int32(self.heads)), lax.div(head, jnp.int32(self.heads))
 
     def key_range(self, block):
         """First key tile that a query block sees, and how many: at least one."""
         left, right = self.sides
         low, high = jnp.int32(0), jnp.int32(self.key_blocks)
-        start, size = block * self.block_q, jnp.int32(self.block_k)
+        size = self.shape.block_k
+        start = block * self.block_q
         if right is not None:
-            high = lax.div(start + (self.block_q + right + self.block_k - 1), size)
+            high = lax.div(start + (self.block_q + right + size - 1), jnp.int32(size))
             high = jnp.clip(high, 1, self.key_blocks)
         if left is not None:
-            low = lax.div(jnp.maximum(start - left, 0), size)
+            low = lax.div(jnp.maximum(start - left, 0), jnp.int32(size))
             low = jnp.minimum(low, high - 1)
         return low, high - low
 
@@ -159,41 +213,46 @@ def _slot(step, stages: int):
     return lax.rem(step, jnp.int32(stages))
 
 
-def _wide(width: int) -> tuple:
-    """Transforms of float32 rows that only threads read."""
-    swizzle = next(size for size in (128, 64, 32) if 4 * width % size == 0)
-    return (plgpu.TilingTransform((8, swizzle // 4)), plgpu.SwizzleTransform(swizzle))
-
-
 def scratch(plan: Plan) -> dict:
     """Shared memory and barriers of one block of the grid."""
+    shape = plan.shape
     key, value = (matrix.transforms for matrix in plan.matrices)
+    numbers = ROWS * plan.value_width
 
     def shared(shape, dtype, transforms=()):
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    out = shared((_COMPUTE, ROWS, plan.value_width), plan.dtype, value)
-    if plan.noisy:
-        wide = _wide(plan.value_width)
-        out = plgpu.RefUnion(shared((_COMPUTE, ROWS, plan.value_width), jnp.float32, wide), out)
+    stage = shared((shape.compute, ROWS, plan.value_width), plan.dtype, value)
     found = {
-        "q": shared((_COMPUTE, ROWS, plan.key_width), plan.dtype, key),
-        "k": shared((plan.stages, plan.block_k, plan.key_width), plan.dtype, key),
-        "v": shared((plan.stages, plan.block_k, plan.value_width), plan.dtype, value),
-        "offset": shared((plan.stages, plan.block_k), jnp.float32),
-        "stage": out,
-        "q_full": plgpu.Barrier(num_barriers=_COMPUTE),
-        "q_empty": plgpu.Barrier(num_barriers=_COMPUTE),
-        "k_full": plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
-        "k_empty": plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=plan.stages),
-        "v_full": plgpu.Barrier(num_barriers=plan.stages),
-        "v_empty": plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=plan.stages),
+        "q": shared((shape.compute, ROWS, plan.key_width), plan.dtype, key),
+        "k": shared((shape.stages, shape.block_k, plan.key_width), plan.dtype, key),
+        "v": shared((shape.stages, shape.block_k, plan.value_width), plan.dtype, value),
+        "offset": shared((shape.stages, shape.block_k), jnp.float32),
+        "stage": stage,
+        "q_full": plgpu.Barrier(num_barriers=shape.compute),
+        "q_empty": plgpu.Barrier(num_barriers=shape.compute),
+        "k_full": plgpu.Barrier(num_arrivals=2, num_barriers=shape.stages),
+        "k_empty": plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.stages),
+        "v_full": plgpu.Barrier(num_barriers=shape.stages),
+        "v_empty": plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.stages),
     }
     if plan.noisy:
-        found["noise_full"] = plgpu.Barrier(num_barriers=_COMPUTE)
-        found["noise_empty"] = plgpu.Barrier(num_barriers=_COMPUTE)
-        if plan.spec.noise == "sums" and plan.released:
-            found["row_noise"] = shared((_COMPUTE * ROWS,), jnp.float32)
+        found["noise_full"] = plgpu.Barrier(num_barriers=shape.slots * shape.compute)
+        found["noise_empty"] = plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.slots)
+        if shape.noise == "shared":
+            found["noise"] = shared((shape.slots, shape.compute, numbers), jnp.float32)
+    return found
+
+
+def buffers(plan: Plan) -> dict:
+    """Global memory that the kernel alone uses: name → shape, float32."""
+    shape = plan.shape
+    own = (shape.compute, ROWS * plan.value_width)
+    found = {}
+    if plan.noisy and shape.noise == "global":
+        found["noise"] = (plan.programs, shape.slots, *own)
+    if plan.row_noisy:
+        found["row_noise"] = (plan.programs, shape.slots, plan.block_q)
     return found
 
 
@@ -214,13 +273,14 @@ def _each_tile(plan: Plan, body, carry):
 
 def _copy_loop(plan: Plan, refs):
     """The memory warpgroup."""
+    size, stages = plan.shape.block_k, plan.shape.stages
 
     def tile(index, number, step):
         block, head, batch = plan.place(number)
         low, count = plan.key_range(block)
         memory = _shared_index(plan.memories, batch)
         kv_head = lax.div(head, jnp.int32(plan.group))
-        for wg in range(_COMPUTE):
+        for wg in range(plan.shape.compute):
             pl.when(index > 0)(lambda wg=wg: plgpu.barrier_wait(refs["q_empty"].at[wg]))
             rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
             plgpu.copy_gmem_to_smem(
@@ -228,16 +288,14 @@ def _copy_loop(plan: Plan, refs):
             )
 
         def key_tile(i, step):
-            slot = _slot(step, plan.stages)
-            keys = pl.ds((low + count - 1 - i) * plan.block_k, plan.block_k)
-            again = step >= plan.stages
+            slot = _slot(step, stages)
+            keys = pl.ds((low + count - 1 - i) * size, size)
+            again = step >= stages
             pl.when(again)(lambda: plgpu.barrier_wait(refs["k_empty"].at[slot]))
             full = refs["k_full"].at[slot]
-            plgpu.copy_gmem_to_smem(
-                refs["key"].at[memory, keys, kv_head], refs["k"].at[slot], full
-            )
-            source = refs["bias"].at[_shared_index(plan.biases, batch), kv_head, keys]
-            plgpu.copy_gmem_to_smem(source, refs["offset"].at[slot], full)
+            plgpu.copy_gmem_to_smem(refs["key"].at[memory, keys, kv_head], refs["k"].at[slot], full)
+            row = refs["offsets"].at[_shared_index(plan.offsets, batch), kv_head, keys]
+            plgpu.copy_gmem_to_smem(row, refs["offset"].at[slot], full)
             pl.when(again)(lambda: plgpu.barrier_wait(refs["v_empty"].at[slot]))
             plgpu.copy_gmem_to_smem(
                 refs["value"].at[memory, keys, kv_head], refs["v"].at[slot], refs["v_full"].at[slot]
@@ -249,34 +307,45 @@ def _copy_loop(plan: Plan, refs):
     _each_tile(plan, tile, jnp.int32(0))
 
 
+def _noise_buffer(plan: Plan, refs, slot, wg):
+    noise = refs["noise"]
+    if plan.shape.noise == "global":
+        noise = noise.at[lax.axis_index("program")]
+    return noise.at[slot, wg]
+
+
 def _noise_loop(plan: Plan, refs):
-    """The noise warpgroup: draws for the next tile while this one's sums are made."""
-    spec, key = plan.spec, refs["noise_key"]
-    noise, _ = refs["stage"]
+    """The noise warpgroup: draws for later tiles while this one's sums are made."""
+    spec, key, slots, compute = plan.spec, refs["noise_key"], plan.shape.slots, plan.shape.compute
+    program = lax.axis_index("program")
 
     def tile(index, number, carry):
         block, head, batch = plan.place(number)
         start = block * plan.block_q
-        for wg in range(_COMPUTE):
-            pl.when(index > 0)(lambda wg=wg: plgpu.barrier_wait(refs["noise_empty"].at[wg]))
-        if "row_noise" in refs:
-            std = spec.denominator_std
-            blocks.row_noise(key, batch, head, start, std, refs["row_noise"])
-        for wg in range(_COMPUTE):
+        slot = _slot(index, slots)
+        pl.when(index >= slots)(lambda: plgpu.barrier_wait(refs["noise_empty"].at[slot]))
+        if plan.row_noisy:
+            std, out = spec.denominator_std, refs["row_noise"].at[program, slot]
+            blocks.row_noise(key, batch, head, start, plan.block_q, std, out)
+
+        def half(wg, carry):
+            buffer = _noise_buffer(plan, refs, slot, wg)
             for first in range(0, plan.value_width, 64):
                 width = min(64, plan.value_width - first)
                 place = (batch, head, start + wg * ROWS, jnp.int32(first // 64))
                 drawn = blocks.matrix_noise(key, *place, width, spec.noise_std)
-                noise[wg, :, pl.ds(first, width)] = drawn
-            plgpu.barrier_arrive(refs["noise_full"].at[wg])
-        return carry
+                blocks.keep(drawn, buffer.at[pl.ds(first * ROWS, width * ROWS)])
+            plgpu.barrier_arrive(refs["noise_full"].at[slot * compute + wg])
+            return carry
+
+        return lax.fori_loop(jnp.int32(0), jnp.int32(compute), half, carry)
 
     _each_tile(plan, tile, jnp.int32(0))
 
 
 def _visible(plan: Plan, start, key_start, refs, batch, query_ids):
     """Boolean (64, block_k): pairs that may meet."""
-    shape = (ROWS, plan.block_k)
+    shape = (ROWS, plan.shape.block_k)
 
     def iota(axis):
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_TILE)
@@ -291,19 +360,27 @@ def _visible(plan: Plan, start, key_start, refs, batch, query_ids):
         allowed = near if allowed is None else allowed & near
     if plan.segments:
         memory = _shared_index(plan.memories, batch)
-        source = refs["key_segments"].at[memory, pl.ds(key_start, plan.block_k)]
-        ids = plgpu.load(source, layout=_COLUMN, optimized=False)
-        same = lax.broadcast_in_dim(ids, shape, [1]) == lax.broadcast_in_dim(query_ids, shape, [0])
+        source = refs["key_segments"].at[memory, pl.ds(key_start, shape[1])]
+        same = blocks.same(query_ids, plgpu.load(source, layout=_COLUMN, optimized=False))
         allowed = same if allowed is None else allowed & same
     return allowed
 
 
+def _zeros(*shape):
+    zeros = jnp.zeros(shape, jnp.float32)
+    return plgpu.layout_cast(zeros, _ROW if len(shape) == 1 else _TILE)
+
+
 def _sums(plan: Plan, refs, wg, place, step):
-    """One warpgroup's sums over all keys that its tile sees: (64, h), (64,) shares, next step."""
+    """One warpgroup's sums over all keys that its tile sees.
+
+    Returns:
+      (64, h), (64,) and its low word, running maxima, next step.
+    """
     block, _, batch = place
     low, count = plan.key_range(block)
     start = block * plan.block_q + wg * ROWS
-    weights = plan.weights
+    stages, flush = plan.shape.stages, plan.shape.flush
     query_ids = None
     if plan.segments:
         source = refs["query_segments"].at[batch, pl.ds(start, ROWS)]
@@ -315,153 +392,192 @@ def _sums(plan: Plan, refs, wg, place, step):
     def arrive(name, slot):
         plgpu.barrier_arrive(refs[name].at[slot])
 
-    def weigh(i, slot, scores, mass, masked):
+    def weigh(i, slot, scores, mass, best, masked):
         if masked:
-            key_start = (low + count - 1 - i) * plan.block_k
+            key_start = (low + count - 1 - i) * plan.shape.block_k
             allowed = _visible(plan, start, key_start, refs, batch, query_ids)
             scores = jnp.where(allowed, scores, -jnp.inf)
         offset = plgpu.load(refs["offset"].at[slot], layout=_COLUMN, optimized=False)
-        rounded, mass = weights(scores, offset, mass)
+        shrink = None
+        if plan.online:
+            rounded, mass, best, shrink = blocks.online_weights(
+                scores, offset, mass, best, factor=plan.factor, shift=plan.shift, dtype=plan.dtype
+            )
+        else:
+            rounded, mass = blocks.capped_weights(
+                scores, offset, mass, cap=plan.cap, factor=plan.factor, dtype=plan.dtype
+            )
         arrive("k_empty", slot)
-        return rounded, mass
+        return rounded, mass, best, shrink
 
     matrices = plan.matrices
-    zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _ROW)
     query = refs["q"].at[wg]
-    slot = _slot(step, plan.stages)
+    slot = _slot(step, stages)
     plgpu.barrier_wait(refs["q_full"].at[wg])
     wait("k_full", slot)
     scores = blocks.scores(query, refs["k"].at[slot], matrices[0])
     on_diagonal = plan.masked or plan.sides[1] is not None
-    rounded, mass = weigh(jnp.int32(0), slot, scores, zero, on_diagonal)
+    none = _zeros(ROWS)
+    best = none - 1e30
+    rounded, mass, best, _ = weigh(jnp.int32(0), slot, scores, none, best, on_diagonal)
 
-    flush = jnp.int32(plan.flush)
-    buffer = refs["sums"].at[lax.axis_index("program"), wg] if plan.keeps else None
+    def one(i, carry, masked=plan.masked):
+        """Sums of key tile i-1, weights of key tile i."""
+        rounded, total, outer, mass, best = carry
+        slot, before = _slot(step + i, stages), _slot(step + i - 1, stages)
+        wait("k_full", slot)
+        places = (query, refs["k"].at[slot], refs["v"].at[before])
+        scores, summed = blocks.overlapped(
+            *places, rounded, total, adds(i - 1), *matrices, lambda: wait("v_full", before)
+        )
+        mass = _grouped(plan, i, mass)
+        new, part, best, shrink = weigh(i, slot, scores, mass[0], best, masked)
+        summed = blocks.finish(summed, rounded)
+        arrive("v_empty", before)
+        if shrink is not None:
+            summed = blocks.scaled(summed, shrink)
+        return new, summed, outer, (part, *mass[1:]), best
 
     def adds(i):
         """Whether key tile i joins the ones before it in one accumulator."""
-        return (i > 0 if buffer is None else lax.rem(i, flush) > 0).astype(jnp.int32)
+        first = lax.rem(i, jnp.int32(flush)) if plan.joins else i
+        return (first > 0).astype(jnp.int32)
 
-    def one(i, carry):
-        """Sums of key tile i-1, weights of key tile i."""
-        rounded, total, mass, joined = carry
-        slot, before = _slot(step + i, plan.stages), _slot(step + i - 1, plan.stages)
-        wait("k_full", slot)
-        scores, total = blocks.overlapped(
-            query,
-            refs["k"].at[slot],
-            refs["v"].at[before],
-            rounded,
-            total,
-            adds(i - 1),
-            *matrices,
-            lambda: wait("v_full", before),
-        )
-        if buffer is not None:
-            # Keys of a new accumulator are a new group of the denominator's too.
-            fresh = lax.rem(i, flush) == 0
-            joined = jnp.where(fresh, joined + mass, joined)
-            mass = jnp.where(fresh, 0.0, mass)
-        new, mass = weigh(i, slot, scores, mass, plan.masked)
-        total = blocks.finish(total, rounded)
-        arrive("v_empty", before)
-        if buffer is not None:
-            pl.when(i == flush)(lambda: blocks.keep(total, buffer, add=False))
-            pl.when(fresh & (i > flush))(lambda: blocks.keep(total, buffer, add=True))
-        return new, total, mass, joined
+    outer = _zeros(ROWS, plan.value_width) if plan.joins else None
+    mass = (mass, none, none) if plan.joins else (mass,)
+    carry = (rounded, blocks.unset(plan.value_width), outer, mass, best)
+    first = 1
+    if plan.edge > 1 and plan.key_blocks > 1:
+        carry = one(jnp.int32(1), carry, masked=True)
+        first = 2
+    begin = jnp.int32(first)
+    if plan.joins:
 
-    carry = (rounded, blocks.unset(plan.value_width), mass, zero)
-    rounded, total, mass, joined = lax.fori_loop(jnp.int32(1), count, one, carry)
-    slot = _slot(step + count - 1, plan.stages)
+        def group(g, carry):
+            end = (g + 1) * flush + 1
+            carry = lax.fori_loop(jnp.maximum(g * flush + 1, first), end, one, carry)
+            # The accumulator is only read: one that a thread writes holds up the matrix unit.
+            return (*carry[:2], carry[2] + carry[1], *carry[3:])
+
+        whole = lax.div(count - 1, jnp.int32(flush))
+        carry = lax.fori_loop(jnp.int32(0), whole, group, carry)
+        begin = jnp.maximum(whole * flush + 1, first)
+    carry = lax.fori_loop(begin, count, one, carry)
+    rounded, total, outer, mass, best = carry
+    slot = _slot(step + count - 1, stages)
     arrive("q_empty", wg)
     wait("v_full", slot)
-    total = blocks.sums(refs["v"].at[slot], rounded, total, adds(count - 1), matrices[1])
+    value = refs["v"].at[slot]
+    total = blocks.sums(value, rounded, total, adds(count - 1), matrices[1])
     arrive("v_empty", slot)
-    if buffer is not None:
-        before = blocks.kept(buffer, plan.value_width)
-        total = total + jnp.where(count > flush, before, 0.0)
-    return total, joined + mass, step + count
+    if plan.joins:
+        total = outer + total
+        mass = add_word(mass[1], mass[2], mass[0])
+    else:
+        mass = mass[0], none
+    return total, blocks.row_sums(*mass), best, step + count
+
+
+def _grouped(plan: Plan, i, mass):
+    """Denominators: when key tile i begins a group, those of the one before join a double word."""
+    if not plan.joins:
+        return mass
+    part, high, low = mass
+    fresh = lax.rem(i, jnp.int32(plan.shape.flush)) == 0
+    joined = add_word(high, low, part)
+    high, low = (
+        jnp.where(fresh, new, old) for new, old in zip(joined, (high, low), strict=True)
+    )
+    return jnp.where(fresh, 0.0, part), high, low
+
+
+def _noise(plan: Plan, refs, wg, index):
+    """This warpgroup's noise of sums and of denominators, waited for; None where there is none."""
+    if not plan.noisy:
+        return None, None
+    slot = _slot(index, plan.shape.slots)
+    plgpu.barrier_wait(refs["noise_full"].at[slot * plan.shape.compute + wg])
+    noise = blocks.kept(_noise_buffer(plan, refs, slot, wg), plan.value_width)
+    row = None
+    if plan.row_noisy:
+        place = lax.axis_index("program"), slot, pl.ds(wg * ROWS, ROWS)
+        row = blocks.rows_kept(refs["row_noise"].at[place])
+    return noise, row
 
 
 def _bounded(ratio, bound):
-    """Rows scaled to norm ≤ bound, and their factors; rows that are not finite become 0."""
+    """Rows of ratio·bound scaled to norm ≤ bound, and their factors; rows not finite become 0."""
     shape = ratio.shape
-    largest = jnp.max(jnp.abs(ratio), axis=1)
-    unit = jnp.where(largest > 2.0**60, 2.0**-100, jnp.where(largest < 2.0**-60, 2.0**100, 1.0))
-    scaled = ratio * lax.broadcast_in_dim(unit, shape, [0])
-    square = jnp.maximum(jnp.sum(scaled * scaled, axis=1), 2.0**-120)
-    factor = jnp.minimum(1.0, (bound * unit) * lax.rsqrt(square))
-    finite = largest < jnp.inf
+    square = jnp.sum(ratio * ratio, axis=1)
+    factor = jnp.minimum(1.0, lax.rsqrt(jnp.maximum(square, 2.0**-120)))
+    finite = square < jnp.inf
     factor = jnp.where(finite, factor, 0.0)
-    finite = lax.broadcast_in_dim(finite, shape, [0])
-    return jnp.where(finite, ratio * lax.broadcast_in_dim(factor, shape, [0]), 0.0), factor
+    wide = lax.broadcast_in_dim(factor * bound, shape, [0])
+    return jnp.where(lax.broadcast_in_dim(finite, shape, [0]), ratio * wide, 0.0), factor
 
 
-def _answer(plan: Plan, refs, wg, total, mass):
-    """What is made of the sums: noise, ratio, projection. The noise buffer is read here only."""
+def _answer(plan: Plan, total, mass, noise):
+    """What is made of the sums: noise, ratio, projection."""
     spec = plan.spec
     shape = total.shape
-    total = plgpu.layout_cast(total, _PACKED)
-    unshift = 2.0**-plan.shift
-    mass = blocks.row_sum(mass)
+    high, low = mass
     if plan.shift:
-        total, mass = total * unshift, mass * unshift
-    if plan.noisy:
-        plgpu.barrier_wait(refs["noise_full"].at[wg])
-        noise = refs["stage"][0][wg]
+        unshift = 2.0**-plan.shift
+        total, high, low = total * unshift, high * unshift, low * unshift
     if spec.noise == "sums":
-        total = blocks.on_grid(total + noise, spec)
-        if plan.released:
-            row = plgpu.load(
-                refs["row_noise"].at[pl.ds(wg * ROWS, ROWS)], layout=_ROW, optimized=False
-            )
-            mass = blocks.on_grid(mass + row, spec, denominator=True)
+        total = blocks.on_grid(total + noise[0], spec)
+    if noise[1] is not None:
+        mass = blocks.on_grid(round_after(high, low, noise[1]), spec, denominator=True)
+    else:
+        mass = high + low
+    total = plgpu.layout_cast(total, _PACKED)
+    bound = spec.ball if spec.ball is not None else spec.row_clip
+    unit = 1.0 if bound is None else 1.0 / bound
     if plan.released:
-        inverse = 1.0 / jnp.maximum(mass, spec.floor)
+        inverse = unit / jnp.maximum(mass, spec.floor)
         ratio = total * lax.broadcast_in_dim(inverse, shape, [0])
     else:
-        ratio = total * (1.0 / spec.floor)
+        ratio = total * (unit / spec.floor)
         mass = mass * 0.0
-    bound = spec.ball if spec.ball is not None else spec.row_clip
     factor = None
     if bound is not None:
         ratio, factor = _bounded(ratio, bound)
     clean = ratio
     if spec.noise == "rows":
-        ratio = blocks.on_grid(ratio + noise, spec)
+        ratio = blocks.on_grid(ratio + plgpu.layout_cast(noise[0], _PACKED), spec)
     return ratio, clean, mass, factor
 
 
 def _compute_loop(plan: Plan, refs, wg):
     """One of the computing warpgroups."""
-    staging = refs["stage"][1] if plan.noisy else refs["stage"]
+    staging = refs["stage"]
 
     def tile(index, number, step):
         block, head, batch = place = plan.place(number)
-        total, mass, step = _sums(plan, refs, wg, place, step)
-        answer, clean, mass, factor = _answer(plan, refs, wg, total, mass)
+        total, mass, best, step = _sums(plan, refs, wg, place, step)
+        noise = _noise(plan, refs, wg, index)
+        if plan.noisy:
+            plgpu.barrier_arrive(refs["noise_empty"].at[_slot(index, plan.shape.slots)])
+        answer, clean, mass, factor = _answer(plan, total, mass, noise)
         rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
 
         def write(name, array):
+            # No thread writes over what another has still to read.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staging[wg] = array.astype(plan.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(staging.at[wg], refs[name].at[batch, rows, head])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        # All threads of the warpgroup have read the noise before any of them writes over it.
-        plgpu.commit_smem()
         write("out", answer)
         if "clean" in refs:
-            plgpu.commit_smem()
             write("clean", clean)
-        if plan.noisy:
-            plgpu.barrier_arrive(refs["noise_empty"].at[wg])
-        refs["mass"][batch, head, rows] = mass
-        if factor is not None:
-            refs["factor"][batch, head, rows] = factor
+        for name, row in (("mass", mass), ("factor", factor), ("best", best)):
+            if name in refs:
+                refs[name][batch, head, rows] = row
         return step
 
     _each_tile(plan, tile, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
 
 
 def forward_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
@@ -475,22 +591,101 @@ def forward_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
     """
     refs = dict(zip(names, args, strict=True)) | shared
     thread = lax.axis_index("warpgroup")
-    threads = _COMPUTE + 1 + plan.noisy
-    budget = 200 if plan.noisy else 240
+    compute = plan.shape.compute
+    registers = plan.shape.registers
 
-    @pl.when(thread < _COMPUTE)
+    @pl.when(thread < compute)
     def _():
-        plgpu.set_max_registers(budget, action="increase")
+        plgpu.set_max_registers(registers[0], action="increase")
         _compute_loop(plan, refs, thread)
 
-    @pl.when(thread == _COMPUTE)
+    @pl.when(thread == compute)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(registers[1], action="decrease")
         _copy_loop(plan, refs)
 
-    if threads > _COMPUTE + 1:
+    if plan.noisy:
 
-        @pl.when(thread == _COMPUTE + 1)
+        @pl.when(thread == compute + 1)
         def _():
-            plgpu.set_max_registers(88, action="decrease")
+            plgpu.set_max_registers(registers[2], action="decrease")
             _noise_loop(plan, refs)
+
+
+def column_scratch(plan: Plan) -> dict:
+    """Shared memory and barriers of `column_kernel`."""
+    transforms = plan.matrices[0].transforms
+    size = plan.shape.block_k
+    return {
+        "q": plgpu.SMEM((_PAIR, 2, ROWS, plan.key_width), plan.dtype, transforms=transforms),
+        "k": plgpu.SMEM((size, plan.key_width), plan.dtype, transforms=transforms),
+        "offset": plgpu.SMEM((size,), jnp.float32),
+        "q_full": plgpu.Barrier(num_barriers=2 * _PAIR),
+        "k_full": plgpu.Barrier(num_arrivals=2),
+    }
+
+
+def column_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
+    """One tile of keys: Σ w² over the queries and heads that read it, as 4 sums a warpgroup.
+
+    The scores are those of `forward_kernel` bit for bit: the same products, the same way round.
+    """
+    refs = dict(zip(names, args, strict=True)) | shared
+    wg, size = lax.axis_index("warpgroup"), plan.shape.block_k
+    program = lax.axis_index("program")
+    key_block, rest = lax.rem(program, plan.key_blocks), lax.div(program, plan.key_blocks)
+    kv_heads = plan.heads // plan.group
+    kv_head, batch = lax.rem(rest, kv_heads), lax.div(rest, kv_heads)
+    memory, key_start = _shared_index(plan.memories, batch), key_block * size
+    keys = pl.ds(key_start, size)
+
+    @pl.when(wg == 0)
+    def _():
+        plgpu.copy_gmem_to_smem(refs["key"].at[memory, keys, kv_head], refs["k"], refs["k_full"])
+        row = refs["offsets"].at[_shared_index(plan.offsets, batch), kv_head, keys]
+        plgpu.copy_gmem_to_smem(row, refs["offset"], refs["k_full"])
+
+    tiles = -(-plan.queries // ROWS)
+    low = jnp.int32(0)
+    if plan.spec.is_causal:
+        low = jnp.minimum(lax.div(key_start, ROWS), tiles)
+    count = (tiles - low) * plan.group
+    mine = lax.div(count - wg + (_PAIR - 1), _PAIR)
+
+    def place(i):
+        number = i * _PAIR + wg
+        width = jnp.maximum(tiles - low, 1)
+        return (low + lax.rem(number, width)) * ROWS, kv_head * plan.group + lax.div(number, width)
+
+    def copy(i):
+        start, head = place(i)
+        slot = lax.rem(i, jnp.int32(2))
+        source = refs["query"].at[batch, pl.ds(start, ROWS), head]
+        full = refs["q_full"].at[2 * wg + slot]
+        plgpu.copy_gmem_to_smem(source, refs["q"].at[wg, slot], full)
+
+    pl.when(mine > 0)(lambda: copy(jnp.int32(0)))
+    plgpu.barrier_wait(refs["k_full"])
+    offset = plgpu.load(refs["offset"], layout=_COLUMN, optimized=False)
+
+    def one(i, total):
+        pl.when(i + 1 < mine)(lambda: copy(i + 1))
+        slot = lax.rem(i, jnp.int32(2))
+        plgpu.barrier_wait(refs["q_full"].at[2 * wg + slot])
+        scores = blocks.scores(refs["q"].at[wg, slot], refs["k"], plan.matrices[0])
+        start, _ = place(i)
+        query_ids = None
+        if plan.segments:
+            source = refs["query_segments"].at[batch, pl.ds(start, ROWS)]
+            query_ids = plgpu.load(source, layout=_ROW, optimized=False)
+        allowed = _visible(plan, start, key_start, refs, batch, query_ids)
+        if plan.queries % ROWS:
+            rows = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=_TILE)
+            inside = rows < plan.queries - start
+            allowed = inside if allowed is None else allowed & inside
+        if allowed is not None:
+            scores = jnp.where(allowed, scores, -jnp.inf)
+        return blocks.squares(scores, offset, total, cap=plan.cap, factor=plan.factor)
+
+    total = lax.fori_loop(jnp.int32(0), mine, one, _zeros(ROWS, size))
+    blocks.write_column_sums(total, refs["squares"].at[batch, kv_head, pl.ds(4 * wg, 4), keys])

@@ -1,0 +1,52 @@
+"""What the rounding of the Hopper kernel's sums costs: groups of 512 keys in one accumulator."""
+
+from dpfa_jax import _check
+from dpfa_jax.pallas.tiling import WEIGHT_ERROR, WEIGHT_ROUNDOFF
+
+GROUP_KEYS = 512
+"""Keys summed in one accumulator of the matrix unit before they join the outer sum."""
+
+LONGEST = 8192
+"""Longest memory whose groups are joined in one float32 word; longer ones have no kernel."""
+
+_STEP_KEYS = 16
+_STEP_ERROR = 5.5 * 2.0**-23
+_UNIT = 2.0**-24
+
+
+def sums_rounding(keys: int) -> float:
+    """Relative growth of a sensitivity by the kernel's sums, for a memory of `keys` rows.
+
+    Args:
+      keys: 1 ≤ n ≤ `LONGEST`.
+
+    Returns:
+      R such that the sums move by at most (1+R) times the exact-sum sensitivity. Upper bound.
+
+    Guarantee: F4 (accumulators.md).
+
+    Example:
+      >>> sums_rounding(4096) < 0.015
+      True
+    """
+    keys = _check.integer("keys", keys, low=1, high=LONGEST)
+    steps = -(-min(GROUP_KEYS, keys) // _STEP_KEYS)
+    within = 2 * _STEP_ERROR * _STEP_KEYS * steps * (steps + 1) / 2
+    groups = -(-keys // GROUP_KEYS) + 1
+    partial = sum(min(k * GROUP_KEYS, keys) for k in range(2, groups + 1))
+    return 1.01 * (within + 2 * _UNIT * partial)
+
+
+def rounding(keys: int) -> float:
+    """Relative growth of a sensitivity by the kernel's arithmetic, weights and sums together.
+
+    Args:
+      keys: rows of one memory, at most `LONGEST`.
+
+    Returns:
+      R such that noise for (1+R)Δ covers the computed sums. Upper bound.
+
+    Guarantee: F4 (accumulators.md).
+    """
+    weights = (1 + WEIGHT_ROUNDOFF) * (1 + WEIGHT_ERROR)
+    return weights * (1 + sums_rounding(max(keys, 1))) - 1
