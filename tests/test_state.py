@@ -155,3 +155,17 @@ def test_traced_epsilon_is_above_the_host_and_close():
 def test_traced_epsilon_of_damaged_counts_is_infinite(damage):
     counts = jnp.zeros(len(MANY), jnp.int32).at[1].set(damage)
     assert float(in_jit(Ledger(MANY, counts))) == math.inf
+
+
+def test_traced_epsilon_pays_for_the_cut_off_and_the_overflow():
+    cut = Gaussian(1.0, 34_000_000)
+    flux = accounting.charge.profile_of(cut).flux
+    spent = Ledger.create(cut).spend(cut)
+    assert float(spent.traced_epsilon(0.9 * flux)) == math.inf
+    assert spent.epsilon(2 * flux) <= float(spent.traced_epsilon(2 * flux)) < math.inf
+    assert float(spent.traced_epsilon(2 * flux)) > float(spent.traced_epsilon(4 * flux))
+    tight = accounting.TruncatedPoissonSampled(Gaussian(1.0), 0.01, 10_000, 160)
+    spent = Ledger.create(tight).spend(tight, 100)
+    host = spent.epsilon(1e-5)
+    assert host <= float(spent.traced_epsilon(1e-5)) < 1.3 * host
+    assert float(spent.traced_epsilon(1e-6)) == math.inf  # the overflow alone is more
