@@ -15,8 +15,9 @@ import scipy.stats
 from dp_accounting import dp_event
 from dp_accounting.rdp import RdpAccountant
 
-from dpfa_jax import accounting, optim, sampling
+from dpfa_jax import accounting, optim, random, sampling
 from dpfa_jax.accounting import convert, traced
+from dpfa_jax.doubleword import grid_step, to_grid
 from dpfa_jax.optim import plan
 from tests.optim_common import COORDINATES, PARAMS, SAMPLER, certificate, private, stepper
 
@@ -65,7 +66,7 @@ def test_privatize_adds_the_noise_of_its_multiplier(sampler, clip_norm, std):
 def test_privatize_takes_new_noise_for_every_step_and_leaf():
     tx = private()
     # Two large leaves with keys of their own, and two small ones that share one.
-    shapes = {"a": (256, 256), "b": (256, 256), "c": (8, 64), "d": (8, 64)}
+    shapes = {"a": (1024, 1024), "b": (1024, 1024), "c": (8, 64), "d": (8, 64)}
     twins = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     state, seen = tx.init(twins), []
     update = jax.jit(lambda c, state: tx.update(c.tree, state, clipped=c))
@@ -74,6 +75,20 @@ def test_privatize_takes_new_noise_for_every_step_and_leaf():
         seen += [np.asarray(leaf).ravel()[:512] for leaf in jax.tree.leaves(updates)]
     correlations = np.corrcoef(seen)[np.triu_indices(12, 1)]
     assert np.all(np.abs(correlations) < 0.25)  # 512 pairs: 5.6 standard errors
+
+
+def test_privatize_draws_the_radius_bits_that_it_charges():
+    tx = private()
+    state = tx.init(PARAMS)
+    updates, _ = _updated(tx, certificate(PARAMS), state)
+    _, own = random.split(random.wrap_key_data(state.key_data))
+    key = random.fold_in(own, 2)  # two leaves, both small
+    bits = optim.event(_updated(tx, certificate(PARAMS), state)[1]).event.event.radius_bits
+    normals = random.normal(key, (COORDINATES,), radius_bits=bits)
+    expected = to_grid(2.0 * normals, grid_step(2.0)) / 16.0
+    drawn = jnp.concatenate([updates["a"].ravel(), updates["b"]])
+    np.testing.assert_array_equal(drawn, expected)
+    assert bits == 64
 
 
 def test_privatize_gives_every_vmapped_example_its_own_noise():
@@ -190,20 +205,29 @@ def test_schedule_noises_and_charges_each_step_as_it_says():
 
 
 def test_schedule_under_a_target_keeps_to_it_on_every_path():
-    target = (1.0, DELTA)
-    tx = optax.chain(private(SCHEDULE, target=target), optax.sgd(1.0))
-    step, params, state = stepper(tx), PARAMS, tx.init(PARAMS)
-    moved = []
-    for _ in range(40):
-        following, state = step(params, state, PARAMS)
-        moved.append(bool(np.any(np.asarray(following["a"]) != np.asarray(params["a"]))))
-        params = following
-    steps = sum(moved)
-    assert moved == [True] * steps + [False] * (40 - steps)
+    schedule = optax.linear_schedule(6.0, 3.0, 60)
+    tx = private(schedule, target=(1.0, DELTA))
+
+    @jax.jit
+    def run(state, sums):
+        def step(state, _):
+            c = certificate(jax.tree.map(lambda leaf: leaf + 0.0 * state.key_data[0], sums))
+            updates, state = tx.update(c.tree, state, clipped=c)
+            return state, jnp.any(updates["a"] != 0)
+
+        return jax.lax.scan(step, state, length=120)
+
+    state, moved = run(tx.init(PARAMS), PARAMS)
+    steps = int(jnp.sum(moved))
+    assert moved.tolist() == [True] * steps + [False] * (120 - steps)
+
+    def exact(count):
+        multipliers = [float(np.float32(schedule(t))) for t in range(count)]
+        events = [SAMPLER.event(z, COORDINATES, 64) for z in multipliers]
+        return accounting.epsilon(accounting.Composed(events), DELTA)
+
     # At one order fixed beforehand: no more than the best order allows, and not much less.
-    assert optim.epsilon(state, DELTA) <= 1.0
-    assert accounting.epsilon(_scheduled_event(steps), DELTA) <= 1.0
-    assert accounting.epsilon(_scheduled_event(steps + 3), DELTA) > 1.0
+    assert exact(steps) <= optim.epsilon(state, DELTA) <= 1.0 < exact(steps + 3)
 
 
 def test_schedule_of_truncated_samples_pays_for_their_truncation():

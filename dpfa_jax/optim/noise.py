@@ -19,7 +19,7 @@ from dpfa_jax.doubleword import grid_step, to_grid
 from dpfa_jax.optim import account, plan
 
 _GRID_BITS = 10
-_SMALL = 1 << 16  # scalars
+_SMALL = 1 << 20  # scalars
 
 
 def privatize(
