@@ -23,19 +23,22 @@ from tests.pins import PACKAGE, ROOT
 LAYERS = (
     "_typing _check",
     "adjacency random",
-    "_primitives doubleword",
+    "_primitives doubleword pallas.mosaic_gpu_registers",
     # layer 1, its packages from the inside out
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.certificate"
-    " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks",
+    " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks"
+    " pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise pallas.mosaic_gpu_plan",
     "accounting.convert accounting.subsample accounting.groups auditing clipping.groups"
     " clipping._batch per_example.plan per_example.rules"
-    " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels",
+    " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels pallas.accumulators",
     "pallas.triton_gradients clipping.bounded",
     "per_example.evaluate clipping.adaptive",
     "per_example",
     "clipping.two_pass",
+    "clipping.one_pass",
     "clipping.gradients",
-    "accounting.charge accounting.upward pallas.triton pallas.mosaic_gpu",
+    "accounting.charge accounting.upward pallas.triton",
+    "pallas.mosaic_gpu",
     "accounting.state accounting.trace accounting.traced accounting.calibrate accounting.filters"
     " accounting.allocate accounting.ledger accounting.pld accounting.attacker pallas",
     "accounting.report clipping",

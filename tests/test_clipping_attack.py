@@ -79,6 +79,7 @@ WAYS = {
     "scan": _tree_of(_scanned),
     "two passes": _tree_of(_loss, method="two_pass"),
     "two passes, bfloat16": _tree_of(_bfloat16, method="two_pass", microbatch_size=3),
+    "one pass": _tree_of(_loss, method="one_pass", microbatch_size=3),
     "normalized": _tree_of(_loss, normalize=1e-3),
 }
 

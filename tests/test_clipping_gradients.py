@@ -209,8 +209,9 @@ def test_an_empty_batch_sums_to_zero():
 
 
 def test_rows_of_one_unit_share_one_clip():
-    rows = jnp.array([[3.0, 0.0], [0.0, 4.0], [0.1, 0.0], [math.nan, 0.0], [0.0, 7.0], [9.0, 9.0]])
-    ids = jnp.array([1, 1, 0, 2, 2, -1])
+    # The last row is a unit's, and of two microbatches of 4 the last one is filled up with it.
+    rows = jnp.array([[3.0, 0.0], [0.0, 4.0], [9.0, 9.0], [math.nan, 0.0], [0.0, 7.0], [0.1, 0.0]])
+    ids = jnp.array([1, 1, -1, 2, 2, 0])
     for size in (None, 2, 4):
         run = clipping.clipped_grad(_line, clip_norm=1.0, unit=4, microbatch_size=size)
         got = jax.jit(run)(jnp.zeros(2), rows, unit_ids=ids)

@@ -54,6 +54,7 @@ WAYS = {
     "two passes unchecked": _sharded(
         functools.partial(_summed, method="two_pass", microbatch_size=1), check_vma=False
     ),
+    "one pass": _sharded(functools.partial(_summed, method="one_pass")),
     "remat": _sharded(jax.checkpoint(_summed)),
     "pmap": _pmapped,
 }

@@ -6,6 +6,7 @@ cannot mix rows, and a collective inside it is refused.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,14 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from dpfa_jax import _check, _primitives, doubleword
-from dpfa_jax.clipping import _batch, two_pass
+from dpfa_jax.clipping import _batch, one_pass, two_pass
 from dpfa_jax.clipping import groups as groups_lib
 from dpfa_jax.clipping.bounded import add_contributions, contributions, shrinkage
 from dpfa_jax.clipping.certificate import Clipped
 from dpfa_jax.clipping.groups import Groups
 from dpfa_jax.clipping.two_pass import Report
 
-_METHODS = ("vmap", "two_pass", "auto")
+_METHODS = ("vmap", "two_pass", "one_pass", "auto")
 
 type _Sums = list[tuple[jax.Array, jax.Array]]
 
@@ -65,7 +66,10 @@ def clipped_grad(
       method: "vmap": one gradient per row. "two_pass": norms without gradients where the parameter
         is used in matrix products and look-ups (`explain` says which are), then one backward pass
         of the rows weighted by their clips; for one group, without `unit`. Its bound is that of
-        exact arithmetic (CL3). "auto": what `explain` expects to be faster.
+        exact arithmetic (CL3). "one_pass": likewise, and the sum is made of the operands and
+        cotangents that the norms were made of: one backward pass, whose memory they take (remat is
+        ignored); groups of whole parameters. "auto": "vmap" or "two_pass", whichever `explain`
+        expects to be faster.
 
     Returns:
       A function (*args, mask=None, unit_ids=None) -> `Clipped`, or (`Clipped`, aux). `mask` is
@@ -77,8 +81,8 @@ def clipped_grad(
       TypeError: for parameters that are not real floats, or a mask or ids of another type.
       ValueError: for bounds outside their range, batch axes that do not agree or are not declared,
         a loss that is not a scalar, or one whose gradient talks to other shards.
-      NotImplementedError: for parameters that differ between shards; for "two_pass" with groups or
-        units.
+      NotImplementedError: for parameters that differ between shards; for groups and units that
+        a method does not know.
 
     Guarantee: CL3 (gradients.md).
     Source: Abadi et al. 2016, arXiv:1607.00133; McMahan et al. 2018, arXiv:1710.06963 (units).
@@ -115,16 +119,11 @@ def clipped_grad(
         cut = _Cut(groups, shrinkage(unit or batch.size, _shards()), normalize, axes)
         rows = microbatch_size or max(1, batch.size)
         chosen = _choose(method, loss_fn, batch, has_aux, groups, unit)
-        if chosen == "two_pass":
-            high, counts, aux = _sum_in_two_passes(
-                two_pass.prepare(loss_fn, batch, has_aux),
-                row,
-                batch,
-                mask,
-                rows,
-                cut,
-                per_example_aux,
-            )
+        if chosen in ("two_pass", "one_pass"):
+            passes = two_pass.prepare(loss_fn, batch, has_aux)
+            terms = functools.partial(one_pass.terms, passes)
+            terms = terms if chosen == "one_pass" else passes.terms
+            high, counts, aux = _sum_by_rules(terms, row, batch, mask, rows, cut, per_example_aux)
         elif ids is None:
             high, counts, aux = _sum_of_rows(row, batch, mask, rows, cut, per_example_aux)
         else:
@@ -153,7 +152,7 @@ def _choose(method, loss_fn, batch, has_aux, groups, unit) -> str:
     """The method that is used, or an error if it cannot be."""
     if method == "vmap":
         return method
-    why = two_pass.unfit(groups, unit)
+    why = two_pass.unfit("two_pass" if method == "auto" else method, groups, unit)
     if method == "auto":
         if why or batch.size == 0:
             return "vmap"
@@ -234,13 +233,13 @@ def _sum_of_rows(row, batch, mask, rows, cut, is_stacked):
     return [high for high, _ in sums], counts, aux if is_stacked else total
 
 
-def _sum_in_two_passes(passes, row, batch, mask, rows, cut, is_stacked):
+def _sum_by_rules(terms_of, row, batch, mask, rows, cut, is_stacked):
     """(leaves of the sum, counts, aux leaves), gradients only where no rule gives the norm."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch.params)]
 
     def step(carry, block):
         sums, counts, total = carry
-        terms, present, over, bad, aux = passes.terms(
+        terms, present, over, bad, aux = terms_of(
             leaves, batch.public, *block, cut.groups, cut.shrink, cut.normalize
         )
         sums = [doubleword.add_word(*pair, leaf) for pair, leaf in zip(sums, terms, strict=True)]

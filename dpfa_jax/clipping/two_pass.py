@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from dpfa_jax import per_example
@@ -72,6 +73,17 @@ class Passes:
     is_narrow: bool
     public: int
 
+    def shrunk(self, shrink: float) -> float:
+        """The factor of every bound, smaller where 16-bit arithmetic rounds the backward pass.
+
+        Args:
+          shrink: as in `bounded.contributions`.
+
+        Returns:
+          The factor.
+        """
+        return shrink * _NARROW_MARGIN if self.is_narrow else shrink
+
     def _batched(self, leaves: list[Any], others: list[Any]) -> tuple[Any, per_example.Plan]:
         """The jaxpr of all rows at once, and its plan for the parameters with a rule."""
         fixed = len(leaves) + self.public
@@ -108,14 +120,7 @@ class Passes:
 
         Guarantee: CL7 (two_pass.md).
         """
-        # A traced bound that is too short for the squares poisons the sum, as a negative one does.
-        bounds = [
-            bound if isinstance(bound, float) else jnp.where(bound >= _SMALLEST, bound, jnp.nan)
-            for bound in groups.clip_norms
-        ]
-        groups = dataclasses.replace(groups, clip_norms=tuple(bounds))
-        if self.is_narrow:
-            shrink = shrink * _NARROW_MARGIN
+        groups, shrink = checked_bounds(groups), self.shrunk(shrink)
         axes = [None] * len(public) + [0] * len(rows)
         closed, made = self._batched(leaves, [*public, *rows])
         plan = per_example.without(
@@ -178,30 +183,54 @@ def _is_narrow(jaxpr: Any) -> bool:
     return any(_is_narrow(each) for line in jaxpr.eqns for each in _batch.inner_jaxprs(line))
 
 
-def unfit(groups: Groups, unit: int | None) -> str | None:
-    """Why two passes cannot do it, or None.
+def checked_bounds(groups: Groups) -> Groups:
+    """The groups, with traced bounds that are too short for squares in float32 as NaN.
 
     Args:
+      groups: the bounds.
+
+    Returns:
+      Groups whose sums are NaN for a bound that cannot be kept.
+
+    Guarantee: CL7 (two_pass.md).
+    """
+    bounds = [
+        bound if isinstance(bound, float) else jnp.where(bound >= _SMALLEST, bound, jnp.nan)
+        for bound in groups.clip_norms
+    ]
+    return dataclasses.replace(groups, clip_norms=tuple(bounds))
+
+
+def unfit(method: str, groups: Groups, unit: int | None) -> str | None:
+    """Why norms by rule cannot do it, or None.
+
+    Args:
+      method: "two_pass" or "one_pass".
       groups: the bounds.
       unit: how many units share rows, or None.
 
     Returns:
       A sentence for the error.
     """
-    if len(groups.clip_norms) > 1:
+    if method == "two_pass" and len(groups.clip_norms) > 1:
         return (
             f'Expected one group for method "two_pass", got {len(groups.clip_norms)}: one weight a '
-            'row cuts the whole gradient. Use method "vmap".'
+            'row cuts the whole gradient. Use method "one_pass" or "vmap".'
+        )
+    if any(np.size(label) > 1 for label in groups.labels):
+        return (
+            f'Expected groups of whole parameters for method "{method}", got one that splits a '
+            'parameter: a norm by rule is that of the whole. Use method "vmap".'
         )
     if unit is not None:
         return (
-            'Expected no unit for method "two_pass": the norm of a sum of rows is not that of '
+            f'Expected no unit for method "{method}": the norm of a sum of rows is not that of '
             'rows. Use method "vmap".'
         )
     short = [each for each in groups.clip_norms if isinstance(each, float) and each < _SMALLEST]
     if short:
         return (
-            f'Expected clip_norm >= {_SMALLEST} for method "two_pass", got {short[0]}: squares of '
+            f'Expected clip_norm >= {_SMALLEST} for method "{method}", got {short[0]}: squares of '
             'shorter gradients vanish in float32. Use method "vmap", or scale the loss.'
         )
     return None

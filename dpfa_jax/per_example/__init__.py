@@ -8,12 +8,18 @@ squared norm as cotangent. Cotangents add, so the probe's is the sum over all pl
 rows makes it one number a row.
 """
 
+from dpfa_jax.per_example.evaluate import pairs as pairs
+from dpfa_jax.per_example.evaluate import pull_back as pull_back
 from dpfa_jax.per_example.evaluate import squared_norms as squared_norms
 from dpfa_jax.per_example.evaluate import weighted_sum as weighted_sum
 from dpfa_jax.per_example.plan import Plan as Plan
 from dpfa_jax.per_example.plan import Use as Use
 from dpfa_jax.per_example.plan import costs as costs
+from dpfa_jax.per_example.plan import equation_at as equation_at
 from dpfa_jax.per_example.plan import plan as plan
 from dpfa_jax.per_example.plan import without as without
 from dpfa_jax.per_example.rules import look_up_norm as look_up_norm
+from dpfa_jax.per_example.rules import pair_cross as pair_cross
+from dpfa_jax.per_example.rules import pair_norm as pair_norm
+from dpfa_jax.per_example.rules import pair_sum as pair_sum
 from dpfa_jax.per_example.rules import product_norm as product_norm

@@ -13,7 +13,9 @@ from jax.extend import core
 
 from dpfa_jax import _primitives
 from dpfa_jax.per_example import rules
-from dpfa_jax.per_example.plan import INLINE, Plan, Use, inner
+from dpfa_jax.per_example.plan import INLINE, REMAT, Path, Plan, equation_at, inner
+
+type _Replace = Callable[[Path, Any, list[Any]], Any]
 
 
 class _Known:
@@ -30,8 +32,8 @@ def _is_float(value: Any) -> bool:
 class _Evaluation:
     """One evaluation of a jaxpr; `replace` says what stands in the places of the plan."""
 
-    def __init__(self, made: Plan, replace: Callable[[Any, Use, list[Any]], Any]):
-        self.plan, self.replace = made, replace
+    def __init__(self, made: Plan, replace: _Replace, recompute: bool = True):
+        self.plan, self.replace, self.recompute = made, replace, recompute
 
     def run(self, jaxpr: Any, constants: list[Any], inputs: list[Any], path: Any) -> list[Any]:
         values = dict(zip(jaxpr.constvars, constants, strict=True))
@@ -46,8 +48,8 @@ class _Evaluation:
             held = any(isinstance(each, _Known) for each in operands)
             inside = any(each[: len(here)] == here for each in self.plan.uses)
             if here in self.plan.uses:
-                out = [self.replace(equation, self.plan.uses[here], operands)]
-            elif (inside or held) and name in INLINE:
+                out = [self.replace(here, equation, operands)]
+            elif (inside or held) and name in (INLINE if self.recompute else INLINE | REMAT):
                 out = self.run(*inner(equation), operands, here)
             elif inside:
                 out = self.remat(equation, operands, here)
@@ -76,10 +78,11 @@ class _Evaluation:
         return jax.checkpoint(body, **keep)(*plain)
 
 
-def _norm_places(probe: jax.Array) -> Callable[[Any, Use, list[Any]], Any]:
+def _norm_places(made: Plan, probe: jax.Array) -> _Replace:
     carried: dict[int, tuple[jax.Array, jax.Array]] = {}
 
-    def replace(equation, use, operands):
+    def replace(here, equation, operands):
+        use = made.uses[here]
         theta, row = operands[use.side], operands[1 - use.side]
         theta = jax.lax.stop_gradient(theta)
         if use.rule == "look-up":
@@ -116,7 +119,7 @@ def squared_norms(
             inputs = [*params, *others]
             for number, leaf in zip(full, some, strict=True):
                 inputs[number] = leaf
-            evaluation = _Evaluation(made, _norm_places(probe))
+            evaluation = _Evaluation(made, _norm_places(made, probe))
             out = evaluation.run(closed.jaxpr, list(closed.consts), inputs, ())
             return out[0], out
 
@@ -129,11 +132,15 @@ def squared_norms(
     return one
 
 
-def _sum_places(equation: Any, use: Use, operands: list[Any]) -> Any:
-    theta, row = operands[use.side].value, operands[1 - use.side]
-    if use.rule == "look-up":
-        return rules.look_up_sum_site(equation)(row, theta)
-    return rules.product_sum_site(equation, use.side)(row, theta)
+def _sum_places(made: Plan) -> _Replace:
+    def replace(here, equation, operands):
+        use = made.uses[here]
+        theta, row = operands[use.side].value, operands[1 - use.side]
+        if use.rule == "look-up":
+            return rules.look_up_sum_site(equation)(row, theta)
+        return rules.product_sum_site(equation, use.side)(row, theta)
+
+    return replace
 
 
 def weighted_sum(
@@ -158,10 +165,99 @@ def weighted_sum(
             inputs = [*params, *others]
             for number, leaf in zip(known, some, strict=True):
                 inputs[number] = _Known(leaf)
-            evaluation = _Evaluation(made, _sum_places)
+            evaluation = _Evaluation(made, _sum_places(made))
             losses = evaluation.run(closed.jaxpr, list(closed.consts), inputs, ())[0]
             return jnp.sum(weights * losses.astype(jnp.float32))
 
         return jax.grad(loss)([params[number].astype(jnp.float32) for number in known])
 
     return total
+
+
+def pairs(
+    closed: Any, made: Plan
+) -> Callable[[list[Any], list[Any]], tuple[dict[Path, Any], list[jax.Array], list[Any]]]:
+    """A function for what the gradients of one row are made of, from one backward pass.
+
+    Args:
+      closed: the closed jaxpr of (parameter leaves, anything else) -> (loss of one row, ...).
+      made: its plan.
+
+    Returns:
+      (parameter leaves, other inputs) -> (for each place: what the parameter met, and the cotangent
+      of what came out; gradients of the parameters without a rule, in order; the jaxpr's outputs).
+      What jax.checkpoint would compute again is kept.
+
+    Guarantee: CL6 (evaluate.md).
+    """
+    full = sorted(made.reasons)
+    shapes = {path: equation_at(closed.jaxpr, path).outvars[0].aval for path in made.uses}
+
+    def one(params, others):
+        def loss(some, taps):
+            met = {}
+
+            def replace(here, equation, operands):
+                use = made.uses[here]
+                met[here] = operands[1 - use.side]
+                theta = jax.lax.stop_gradient(operands[use.side])
+                return rules.place(equation, use.side, met[here], theta) + taps[here]
+
+            inputs = [*params, *others]
+            for number, leaf in zip(full, some, strict=True):
+                inputs[number] = leaf
+            evaluation = _Evaluation(made, replace, recompute=False)
+            out = evaluation.run(closed.jaxpr, list(closed.consts), inputs, ())
+            return out[0], (met, out)
+
+        anything = [*params, *others]
+        taps = {
+            path: _primitives.vary_alike(jnp.zeros(aval.shape, aval.dtype), *anything)[0]
+            for path, aval in shapes.items()
+        }
+        (some, cotangents), (met, out) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+            [params[number] for number in full], taps
+        )
+        return {path: (met[path], cotangents[path]) for path in made.uses}, some, out
+
+    return one
+
+
+def pull_back(
+    closed: Any, made: Plan
+) -> Callable[[list[Any], list[Any], dict[Path, jax.Array]], list[jax.Array]]:
+    """A function from gradients of the operands in the places to gradients of the parameters.
+
+    Args:
+      closed: the closed jaxpr of (parameter leaves, anything else) -> (loss of one row, ...).
+      made: its plan.
+
+    Returns:
+      (parameter leaves, other inputs, float32 gradient at each place) -> float32 gradients of the
+      parameters with a rule, in the order of the leaves. The other inputs lend their shapes.
+
+    Guarantee: CL6 (evaluate.md).
+    """
+    known = sorted(made.rules)
+
+    def run(params, others, gradients):
+        def views(some):
+            found = {}
+
+            def replace(here, equation, operands):
+                found[here] = operands[made.uses[here].side].value
+                aval = equation.outvars[0].aval
+                zeros = jnp.zeros(aval.shape, aval.dtype)
+                return _primitives.vary_alike(zeros, found[here])[0]
+
+            inputs = [*params, *others]
+            for number, leaf in zip(known, some, strict=True):
+                inputs[number] = _Known(leaf)
+            evaluation = _Evaluation(made, replace, recompute=False)
+            evaluation.run(closed.jaxpr, list(closed.consts), inputs, ())
+            return found
+
+        _, pull = jax.vjp(views, [params[number].astype(jnp.float32) for number in known])
+        return pull(gradients)[0]
+
+    return run

@@ -85,6 +85,20 @@ def inner(equation: Any) -> tuple[Any, list[Any]]:
     return called, []
 
 
+def equation_at(jaxpr: Any, path: Path) -> Any:
+    """The equation at a position, jaxprs inside equations followed.
+
+    Args:
+      jaxpr: of one row's loss.
+      path: a key of `Plan.uses`.
+
+    Returns:
+      The equation.
+    """
+    equation = jaxpr.eqns[path[0]]
+    return equation_at(inner(equation)[0], path[1:]) if path[1:] else equation
+
+
 def _is_zero(equation: Any) -> bool:
     """Whether nothing differentiable comes out: no gradient passes."""
     return not any(jnp.issubdtype(each.aval.dtype, jnp.floating) for each in equation.outvars)

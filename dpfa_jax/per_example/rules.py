@@ -111,7 +111,20 @@ def bind(equation: Any, *operands: Any) -> Any:
     return equation.primitive.bind(*operands, **params)
 
 
-def _place(equation: Any, side: int, row: Any, theta: Any) -> Any:
+def place(equation: Any, side: int, row: Any, theta: Any) -> Any:
+    """The outputs of an equation in which a parameter meets the row.
+
+    Args:
+      equation: of two operands.
+      side: which of them is the parameter.
+      row: the other one.
+      theta: the parameter.
+
+    Returns:
+      What the equation computes.
+
+    Guarantee: CL4 (rules.md).
+    """
     return bind(equation, theta, row) if side == 0 else bind(equation, row, theta)
 
 
@@ -131,14 +144,14 @@ def product_norm_site(equation: Any, side: int) -> Callable[..., Any]:
 
     @jax.custom_vjp
     def site(row, theta, probe, indices, carrier):
-        return _place(equation, side, row, theta)
+        return place(equation, side, row, theta)
 
     def forward(row, theta, probe, indices, carrier):
-        return _place(equation, side, row, theta), (row, theta, indices)
+        return place(equation, side, row, theta), (row, theta, indices)
 
     def backward(saved, dy):
         row, theta, indices = saved
-        _, pull = jax.vjp(lambda row: _place(equation, side, row, theta), row)
+        _, pull = jax.vjp(lambda row: place(equation, side, row, theta), row)
         x, wide = _matrices(equation, side, row, dy)
         crossed = None
         if indices is not None:
@@ -251,14 +264,14 @@ def product_sum_site(equation: Any, side: int) -> Callable[..., Any]:
 
     @jax.custom_vjp
     def site(row, theta):
-        return _place(equation, side, row, theta.astype(dtype))
+        return place(equation, side, row, theta.astype(dtype))
 
     def forward(row, theta):
         return site(row, theta), (row, theta)
 
     def backward(saved, dy):
         row, theta = saved
-        _, pull = jax.vjp(lambda row: _place(equation, side, row, theta.astype(dtype)), row)
+        _, pull = jax.vjp(lambda row: place(equation, side, row, theta.astype(dtype)), row)
         free = [i for i in range(row.ndim) if i not in other]
         wide = theta.ndim - len(own)
         first = 0 if side == 1 else wide
@@ -295,9 +308,96 @@ def look_up_sum_site(equation: Any) -> Callable[..., Any]:
     def backward(saved, dy):
         starts, theta = saved
         indices, valid = read_indices(equation, starts, theta.shape[0])
-        place = jnp.where(valid, indices, theta.shape[0])
+        where = jnp.where(valid, indices, theta.shape[0])
         rows = dy.reshape(indices.size, *theta.shape[1:]).astype(jnp.float32)
-        return None, jnp.zeros_like(theta).at[place].add(rows, mode="drop")
+        return None, jnp.zeros_like(theta).at[where].add(rows, mode="drop")
 
     site.defvjp(forward, backward)
     return site
+
+
+def pair_norm(equation: Any, side: int, met: jax.Array, dy: jax.Array, theta: Any) -> jax.Array:
+    """Squared norm of one row's parameter gradient at one place.
+
+    Args:
+      equation: the place's.
+      side: which operand is the parameter.
+      met: the other operand, of one row.
+      dy: the place's cotangent, of one row.
+      theta: the parameter, for its shape.
+
+    Returns:
+      float32 scalar, as `product_norm` or `look_up_norm`.
+
+    Guarantee: CL4 (rules.md).
+    """
+    if equation.primitive.name == "gather":
+        return look_up_norm(*_read(equation, met, dy, theta))
+    return product_norm(*_matrices(equation, side, met, dy))
+
+
+def _read(equation: Any, starts: jax.Array, dy: jax.Array, theta: Any) -> tuple[Any, jax.Array]:
+    """The rows read, and their cotangents (reads, entries), 0 for reads outside the table."""
+    indices, valid = read_indices(equation, starts, theta.shape[0])
+    wide = dy.reshape(indices.size, -1).astype(jnp.float32)
+    return indices, jnp.where(valid[:, None], wide, 0.0)
+
+
+def pair_cross(
+    look_up: Any,
+    product: Any,
+    side: int,
+    first: tuple[Any, Any],
+    second: tuple[Any, Any],
+    table: Any,
+) -> jax.Array:
+    """Inner product of the two parts of one row's gradient of a tied embedding.
+
+    Args:
+      look_up: the equation of the look-up.
+      product: the equation of the product.
+      side: which operand of the product is the table.
+      first: what the look-up read, and its cotangent, of one row.
+      second: what the product multiplied, and its cotangent, of one row.
+      table: the parameter as the look-up sees it, for its shape.
+
+    Returns:
+      float32 scalar.
+
+    Guarantee: CL4 (rules.md).
+    """
+    indices, dy = _read(look_up, *first, table)
+    x, wide = _matrices(product, side, *second)
+    picked = wide.astype(jnp.float32)[:, indices]
+    return jnp.sum(dy * _wide_dot(picked.T, x.astype(jnp.float32).T))
+
+
+def pair_sum(
+    equation: Any, side: int, met: jax.Array, dy: jax.Array, weights: jax.Array, theta: Any
+) -> jax.Array:
+    """The weighted sum over rows of parameter gradients at one place.
+
+    Args:
+      equation: the place's.
+      side: which operand is the parameter.
+      met: the other operand, (rows, ...).
+      dy: the place's cotangent, (rows, ...).
+      weights: float32 (rows,).
+      theta: the parameter as it stands there, for its shape.
+
+    Returns:
+      float32 array of the parameter's shape there.
+
+    Guarantee: CL4 (rules.md).
+    """
+    dy = dy.astype(jnp.float32) * weights.reshape(-1, *(1,) * (dy.ndim - 1))
+    if equation.primitive.name == "gather":
+        indices, rows = jax.vmap(lambda one, d: _read(equation, one, d, theta))(met, dy)
+        total = _primitives.vary_alike(jnp.zeros(theta.shape, jnp.float32), rows)[0]
+        return total.at[indices.reshape(-1)].add(rows.reshape(-1, *theta.shape[1:]))
+    x, wide = jax.vmap(lambda one, d: _matrices(equation, side, one, d))(met, dy.astype(met.dtype))
+    x, wide = x.reshape(-1, x.shape[-1]), wide.reshape(-1, wide.shape[-1])
+    own = sorted(equation.params["dimension_numbers"][0][side])
+    ordered = [*own, *(i for i in range(len(theta.shape)) if i not in own)]
+    grad = _float32_product(x, wide, [0], [0]).reshape([theta.shape[i] for i in ordered])
+    return grad.transpose([ordered.index(i) for i in range(len(theta.shape))])
