@@ -1,5 +1,7 @@
 """What the rounding of the Hopper kernel's sums costs: groups of 512 keys in one accumulator."""
 
+import math
+
 from dpfa_jax import _check
 from dpfa_jax.pallas.tiling import WEIGHT_ERROR, WEIGHT_ROUNDOFF
 
@@ -41,12 +43,15 @@ def rounding(keys: int) -> float:
     """Relative growth of a sensitivity by the kernel's arithmetic, weights and sums together.
 
     Args:
-      keys: rows of one memory, at most `LONGEST`.
+      keys: rows of one memory.
 
     Returns:
-      R such that noise for (1+R)Δ covers the computed sums. Upper bound.
+      R such that noise for (1+R)Δ covers the computed sums; ∞ beyond `LONGEST` rows, where nothing
+      is known. Upper bound.
 
     Guarantee: F4 (accumulators.md).
     """
+    if keys > LONGEST:
+        return math.inf
     weights = (1 + WEIGHT_ROUNDOFF) * (1 + WEIGHT_ERROR)
     return weights * (1 + sums_rounding(max(keys, 1))) - 1

@@ -17,7 +17,7 @@ from dpfa_jax.pallas import mosaic_gpu_kernels as kernels
 from dpfa_jax.pallas import triton
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
 from dpfa_jax.pallas.accumulators import rounding as rounding
-from dpfa_jax.pallas.mosaic_gpu_kernels import Plan
+from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratch
 from dpfa_jax.pallas.triton import backward as backward
 
 _PROGRAMS = 132
@@ -31,12 +31,14 @@ def supports(operands: Operands, spec: Spec) -> str | None:
       operands: the call's arrays, or their shapes.
       spec: the static description, of which the noise need not be set yet.
     """
-    reason = triton.supports(operands, spec)
-    if reason is not None:
-        return reason
-    query, key, value, mask = operands.query, operands.key, operands.value, operands.mask
     if not preferred():
         return "it needs a GPU of compute capability 9.0 and is not interpreted elsewhere"
+    return triton.supports(operands, spec) or lacking(operands, spec)
+
+
+def lacking(operands: Operands, spec: Spec) -> str | None:
+    """What there is no kernel for on any device, though Triton has one; or None."""
+    query, key, value, mask = operands.query, operands.key, operands.value, operands.mask
     if query.dtype not in (jnp.bfloat16, jnp.float16) or value.dtype != key.dtype:
         return f"rows must be bfloat16 or float16, got {query.dtype} and values {value.dtype}"
     if mask is not None:
@@ -76,14 +78,14 @@ def _offsets(operands: Operands, spec: Spec, shift: int, block_k: int):
         weights = jnp.where(seen, weights, -jnp.inf)
     if spec.score_cap is None:
         shift = 0
-    level = jnp.swapaxes(weights * kernels.LOG2_E + shift, 1, 2)
+    level = jnp.swapaxes(weights * LOG2_E + shift, 1, 2)
     group = operands.query.shape[2] // operands.key.shape[2]
     mask = operands.mask
     if mask is not None and mask.shape[2] == 1 and (mask.shape[1] == 1 or group == 1):
         level = jnp.where(mask[:, :, 0, :], level, -jnp.inf)
         mask = None
     if spec.score_cap is not None:
-        level = level - spec.score_cap * kernels.LOG2_E
+        level = level - spec.score_cap * LOG2_E
     widths = ((0, 0), (0, 0), (0, -level.shape[2] % block_k))
     return operands._replace(mask=mask), jnp.pad(level, widths, constant_values=-jnp.inf)
 
@@ -96,21 +98,21 @@ def _aligned(array):
     return jnp.pad(array, ((0, 0), (0, rows), (0, 0), (0, columns)))
 
 
-def _cut(operands: Operands, spec: Spec) -> kernels.Shape:
+def _cut(operands: Operands, spec: Spec) -> Shape:
     """How the kernel is cut: what was fastest on an H200, or fits."""
     width = max(operands.query.shape[3], operands.value.shape[3])
     noisy = spec.noise != "none"
     if width > 128:
-        return kernels.Shape(block_k=64, compute=1, flush=8, registers=(240, 24, 72))
+        return Shape(block_k=64, compute=1, flush=8, registers=(240, 24, 72))
     if not noisy:
-        return kernels.Shape(registers=(240, 24, 24))
+        return Shape(registers=(240, 24, 24))
     if width > 64 and spec.noise == "sums" and operands.key.shape[1] > GROUP_KEYS:
         # Two accumulators at once leave room for narrow key tiles only.
-        return kernels.Shape(block_k=64, flush=8, stages=4, registers=(216, 24, 56))
-    return kernels.Shape()
+        return Shape(block_k=64, flush=8, stages=4, registers=(216, 24, 56))
+    return Shape()
 
 
-def _plan(operands: Operands, spec: Spec, shape: kernels.Shape) -> tuple[Plan, dict]:
+def _plan(operands: Operands, spec: Spec, shape: Shape) -> tuple[Plan, dict]:
     """What is static, and the arrays that a kernel reads, by name."""
     shift = 15 if operands.key.dtype == jnp.float16 else 0
     operands, offsets = _offsets(operands, spec, shift, shape.block_k)
@@ -171,7 +173,7 @@ def _run(body, plan: Plan, inputs: dict, outputs: dict, scratch: dict, programs:
 
 
 def forward(
-    operands: Operands, spec: Spec, *, shape: kernels.Shape | None = None
+    operands: Operands, spec: Spec, *, shape: Shape | None = None
 ) -> tuple[jax.Array, tuple]:
     """The answer (B, T, N, h) in the query's dtype, and the residuals that `backward` wants.
 
@@ -198,10 +200,10 @@ def forward(
         outputs["best"] = (rows, jnp.float32)
     if spec.noise == "rows":
         outputs["clean"] = outputs["out"]
-    outputs |= {name: (size, jnp.float32) for name, size in kernels.buffers(plan).items()}
+    outputs |= {name: (size, jnp.float32) for name, size in buffers(plan).items()}
     threads = shape.compute + 1 + plan.noisy
-    scratch = kernels.scratch(plan)
-    found = _run(kernels.forward_kernel, plan, inputs, outputs, scratch, plan.programs, threads)
+    memory = scratch(plan)
+    found = _run(kernels.forward_kernel, plan, inputs, outputs, memory, plan.programs, threads)
     queries, width = plan.queries, operands.value.shape[3]
     out, clean = (
         found[name][:, :queries, :, :width]
@@ -211,7 +213,7 @@ def forward(
         found[name][:, :, :queries] if name in found else None
         for name in ("mass", "factor", "best")
     )
-    factor = jnp.ones_like(mass) if factor is None else factor
+    factor = jnp.ones((plan.batch, plan.heads, queries)) if factor is None else factor
     return out, (clean, mass, factor, best)
 
 
@@ -221,7 +223,7 @@ def column_squares(operands: Operands, spec: Spec) -> jax.Array:
     With the scores of `forward`, bit for bit: a weight that were larger there than here would
     exceed the norm that a record's contribution is clipped to.
     """
-    plan, inputs = _plan(operands, spec, kernels.Shape())
+    plan, inputs = _plan(operands, spec, Shape())
     # Weights of float16 are raised in `forward` only.
     inputs["offsets"] = inputs["offsets"] - plan.shift
     del inputs["value"]
@@ -229,7 +231,7 @@ def column_squares(operands: Operands, spec: Spec) -> jax.Array:
     padded = plan.key_blocks * plan.shape.block_k
     outputs = {"squares": ((plan.batch, kv_heads, 8, padded), jnp.float32)}
     programs = plan.key_blocks * kv_heads * plan.batch
-    scratch = kernels.column_scratch(plan)
-    found = _run(kernels.column_kernel, plan, inputs, outputs, scratch, programs, 2)
+    memory = kernels.column_scratch(plan)
+    found = _run(kernels.column_kernel, plan, inputs, outputs, memory, programs, 2)
     squares = jnp.sum(found["squares"], axis=2)[:, :, : plan.keys]
     return jnp.swapaxes(squares, 1, 2)

@@ -6,254 +6,24 @@ unit makes the weights of the next. Keys are read from the last tile that a quer
 first, so that the tile on the diagonal comes before the loop.
 """
 
-import dataclasses
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dpfa_jax._typing import Spec
 from dpfa_jax.doubleword import add_word, round_after
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
+from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
+from dpfa_jax.pallas.mosaic_gpu_plan import Plan
+from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, PACKED, ROW, ROWS, TILE
 
-ROWS = blocks.ROWS
 _PAIR = 2
-LOG2_E = math.log2(math.e)
-_PACKED, _TILE = plgpu.Layout.WGMMA, plgpu.Layout._WGMMA_ACC_32BIT
-_COLUMN, _ROW = _PACKED.reduce(0), _PACKED.reduce(1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """How the kernel is cut.
-
-    Attributes:
-      block_k: keys of one tile, a multiple of 16.
-      stages: tiles of keys and of values in shared memory.
-      compute: warpgroups that compute.
-      flush: key tiles of one accumulator.
-      slots: tiles whose noise may wait to be used.
-      noise: where it waits, "shared" or "global" memory.
-      registers: of the computing, copying and drawing threads, a multiple of 8 each.
-      nearby: bytes of keys and values that tiles in flight may read.
-    """
-
-    block_k: int = 128
-    stages: int = 2
-    compute: int = 2
-    flush: int = 4
-    slots: int = 2
-    noise: str = "global"
-    registers: tuple[int, int, int] = (208, 24, 72)
-    nearby: int = 24 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about one kernel.
-
-    Attributes:
-      spec: what is computed.
-      shape: how it is cut.
-      batch: B.
-      memories: B or 1.
-      queries: T.
-      keys: S.
-      heads: query heads.
-      group: query heads of one kv head.
-      key_width: H, a multiple of 16.
-      value_width: h, a multiple of 16.
-      dtype: of the matrix products.
-      programs: blocks of the grid.
-      shift: powers of two by which weights are raised.
-      segments: whether there are segment ids.
-      offsets: 1 or B: batch size of the offsets.
-    """
-
-    spec: Spec
-    shape: Shape
-    batch: int
-    memories: int
-    queries: int
-    keys: int
-    heads: int
-    group: int
-    key_width: int
-    value_width: int
-    dtype: Any
-    programs: int
-    shift: int = 0
-    segments: bool = False
-    offsets: int = 1
-
-    @property
-    def block_q(self) -> int:
-        """Queries of one tile of the grid."""
-        return ROWS * self.shape.compute
-
-    @property
-    def query_blocks(self) -> int:
-        """Tiles along the queries."""
-        return -(-self.queries // self.block_q)
-
-    @property
-    def key_blocks(self) -> int:
-        """Tiles along the keys."""
-        return -(-self.keys // self.shape.block_k)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of the call."""
-        return self.batch * self.heads * self.query_blocks
-
-    @property
-    def noisy(self) -> bool:
-        """Whether a warpgroup draws noise."""
-        return self.spec.noise != "none"
-
-    @property
-    def row_noisy(self) -> bool:
-        """Whether denominators have noise."""
-        return self.spec.noise == "sums" and self.released
-
-    @property
-    def released(self) -> bool:
-        """Whether the denominator is used."""
-        return self.spec.denominator_std != math.inf
-
-    @property
-    def sides(self) -> tuple[int | None, int | None]:
-        """How far before and after itself a query sees."""
-        left, right = self.spec.window or (None, None)
-        if self.spec.is_causal:
-            right = 0 if right is None else min(right, 0)
-        return left, right
-
-    @property
-    def masked(self) -> bool:
-        """Whether every key tile is masked, not only those on the diagonal."""
-        return self.segments or self.spec.window is not None or self.edge > 2
-
-    @property
-    def edge(self) -> int:
-        """Key tiles on the diagonal of a query tile."""
-        if not self.spec.is_causal or self.spec.window is not None:
-            return 0
-        return max(1, self.block_q // self.shape.block_k) if not (
-            self.block_q % self.shape.block_k and self.shape.block_k % self.block_q
-        ) else 3
-
-    @property
-    def online(self) -> bool:
-        """Whether the reference is the running maximum."""
-        return self.spec.score_cap is None
-
-    @property
-    def joins(self) -> bool:
-        """Whether an accumulator must be emptied: only the rounding of released sums is charged."""
-        released = self.spec.noise == "sums" and self.spec.ball is not None
-        return released and self.key_blocks > self.shape.flush
-
-    @property
-    def cap(self) -> float:
-        """The public reference in the unit of the products of rows."""
-        return min((self.spec.score_cap or 0.0) / self.spec.scale, 3e38)
-
-    @property
-    def factor(self) -> float:
-        """Of the scores, into units of ln 2."""
-        return self.spec.scale * LOG2_E
-
-    @property
-    def matrices(self) -> tuple[blocks.Matrix, blocks.Matrix]:
-        """Of queries and keys, and of values."""
-        return (
-            blocks.Matrix(self.key_width, self.dtype),
-            blocks.Matrix(self.value_width, self.dtype),
-        )
-
-    def place(self, tile):
-        """Tile number → (query block, head, batch).
-
-        Heads whose keys and values fit the cache together are neighbours; among them the longest
-        causal rows come first.
-        """
-        total = self.batch * self.heads
-        one = 2 * self.keys * (self.key_width + self.value_width)
-        near = max(1, self.shape.nearby // one) * self.group
-        near = min(total, near)
-        size = near * self.query_blocks
-        region, rest = lax.div(tile, jnp.int32(size)), lax.rem(tile, jnp.int32(size))
-        width = jnp.minimum(total - region * near, near)
-        block, head = lax.div(rest, width), lax.rem(rest, width) + region * near
-        if self.spec.is_causal:
-            block = self.query_blocks - 1 - block
-        return block, lax.rem(head, jnp.int32(self.heads)), lax.div(head, jnp.int32(self.heads))
-
-    def key_range(self, block):
-        """First key tile that a query block sees, and how many: at least one."""
-        left, right = self.sides
-        low, high = jnp.int32(0), jnp.int32(self.key_blocks)
-        size = self.shape.block_k
-        start = block * self.block_q
-        if right is not None:
-            high = lax.div(start + (self.block_q + right + size - 1), jnp.int32(size))
-            high = jnp.clip(high, 1, self.key_blocks)
-        if left is not None:
-            low = lax.div(jnp.maximum(start - left, 0), jnp.int32(size))
-            low = jnp.minimum(low, high - 1)
-        return low, high - low
 
 
 def _slot(step, stages: int):
     return lax.rem(step, jnp.int32(stages))
-
-
-def scratch(plan: Plan) -> dict:
-    """Shared memory and barriers of one block of the grid."""
-    shape = plan.shape
-    key, value = (matrix.transforms for matrix in plan.matrices)
-    numbers = ROWS * plan.value_width
-
-    def shared(shape, dtype, transforms=()):
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-    stage = shared((shape.compute, ROWS, plan.value_width), plan.dtype, value)
-    found = {
-        "q": shared((shape.compute, ROWS, plan.key_width), plan.dtype, key),
-        "k": shared((shape.stages, shape.block_k, plan.key_width), plan.dtype, key),
-        "v": shared((shape.stages, shape.block_k, plan.value_width), plan.dtype, value),
-        "offset": shared((shape.stages, shape.block_k), jnp.float32),
-        "stage": stage,
-        "q_full": plgpu.Barrier(num_barriers=shape.compute),
-        "q_empty": plgpu.Barrier(num_barriers=shape.compute),
-        "k_full": plgpu.Barrier(num_arrivals=2, num_barriers=shape.stages),
-        "k_empty": plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.stages),
-        "v_full": plgpu.Barrier(num_barriers=shape.stages),
-        "v_empty": plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.stages),
-    }
-    if plan.noisy:
-        found["noise_full"] = plgpu.Barrier(num_barriers=shape.slots * shape.compute)
-        found["noise_empty"] = plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.slots)
-        if shape.noise == "shared":
-            found["noise"] = shared((shape.slots, shape.compute, numbers), jnp.float32)
-    return found
-
-
-def buffers(plan: Plan) -> dict:
-    """Global memory that the kernel alone uses: name → shape, float32."""
-    shape = plan.shape
-    own = (shape.compute, ROWS * plan.value_width)
-    found = {}
-    if plan.noisy and shape.noise == "global":
-        found["noise"] = (plan.programs, shape.slots, *own)
-    if plan.row_noisy:
-        found["row_noise"] = (plan.programs, shape.slots, plan.block_q)
-    return found
 
 
 def _shared_index(size: int, index):
@@ -326,15 +96,15 @@ def _noise_loop(plan: Plan, refs):
         pl.when(index >= slots)(lambda: plgpu.barrier_wait(refs["noise_empty"].at[slot]))
         if plan.row_noisy:
             std, out = spec.denominator_std, refs["row_noise"].at[program, slot]
-            blocks.row_noise(key, batch, head, start, plan.block_q, std, out)
+            noise_blocks.row_noise(key, batch, head, start, plan.block_q, std, out)
 
         def half(wg, carry):
             buffer = _noise_buffer(plan, refs, slot, wg)
             for first in range(0, plan.value_width, 64):
                 width = min(64, plan.value_width - first)
                 place = (batch, head, start + wg * ROWS, jnp.int32(first // 64))
-                drawn = blocks.matrix_noise(key, *place, width, spec.noise_std)
-                blocks.keep(drawn, buffer.at[pl.ds(first * ROWS, width * ROWS)])
+                drawn = noise_blocks.matrix_noise(key, *place, width, spec.noise_std)
+                noise_blocks.keep(drawn, buffer.at[pl.ds(first * ROWS, width * ROWS)])
             plgpu.barrier_arrive(refs["noise_full"].at[slot * compute + wg])
             return carry
 
@@ -343,12 +113,12 @@ def _noise_loop(plan: Plan, refs):
     _each_tile(plan, tile, jnp.int32(0))
 
 
-def _visible(plan: Plan, start, key_start, refs, batch, query_ids):
+def _visible(plan: Plan, start, key_start, refs, batch, query_ids) -> Any:
     """Boolean (64, block_k): pairs that may meet."""
     shape = (ROWS, plan.shape.block_k)
 
     def iota(axis):
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_TILE)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
 
     rows, keys = iota(0) + start, iota(1) + key_start
     left, right = plan.sides
@@ -361,14 +131,14 @@ def _visible(plan: Plan, start, key_start, refs, batch, query_ids):
     if plan.segments:
         memory = _shared_index(plan.memories, batch)
         source = refs["key_segments"].at[memory, pl.ds(key_start, shape[1])]
-        same = blocks.same(query_ids, plgpu.load(source, layout=_COLUMN, optimized=False))
+        same = blocks.same(query_ids, plgpu.load(source, layout=COLUMN, optimized=False))
         allowed = same if allowed is None else allowed & same
     return allowed
 
 
 def _zeros(*shape):
     zeros = jnp.zeros(shape, jnp.float32)
-    return plgpu.layout_cast(zeros, _ROW if len(shape) == 1 else _TILE)
+    return plgpu.layout_cast(zeros, ROW if len(shape) == 1 else TILE)
 
 
 def _sums(plan: Plan, refs, wg, place, step):
@@ -384,7 +154,7 @@ def _sums(plan: Plan, refs, wg, place, step):
     query_ids = None
     if plan.segments:
         source = refs["query_segments"].at[batch, pl.ds(start, ROWS)]
-        query_ids = plgpu.load(source, layout=_ROW, optimized=False)
+        query_ids = plgpu.load(source, layout=ROW, optimized=False)
 
     def wait(name, slot):
         plgpu.barrier_wait(refs[name].at[slot])
@@ -397,7 +167,7 @@ def _sums(plan: Plan, refs, wg, place, step):
             key_start = (low + count - 1 - i) * plan.shape.block_k
             allowed = _visible(plan, start, key_start, refs, batch, query_ids)
             scores = jnp.where(allowed, scores, -jnp.inf)
-        offset = plgpu.load(refs["offset"].at[slot], layout=_COLUMN, optimized=False)
+        offset = plgpu.load(refs["offset"].at[slot], layout=COLUMN, optimized=False)
         shrink = None
         if plan.online:
             rounded, mass, best, shrink = blocks.online_weights(
@@ -485,9 +255,7 @@ def _grouped(plan: Plan, i, mass):
     part, high, low = mass
     fresh = lax.rem(i, jnp.int32(plan.shape.flush)) == 0
     joined = add_word(high, low, part)
-    high, low = (
-        jnp.where(fresh, new, old) for new, old in zip(joined, (high, low), strict=True)
-    )
+    high, low = (jnp.where(fresh, new, old) for new, old in zip(joined, (high, low), strict=True))
     return jnp.where(fresh, 0.0, part), high, low
 
 
@@ -497,11 +265,11 @@ def _noise(plan: Plan, refs, wg, index):
         return None, None
     slot = _slot(index, plan.shape.slots)
     plgpu.barrier_wait(refs["noise_full"].at[slot * plan.shape.compute + wg])
-    noise = blocks.kept(_noise_buffer(plan, refs, slot, wg), plan.value_width)
+    noise = noise_blocks.kept(_noise_buffer(plan, refs, slot, wg), plan.value_width)
     row = None
     if plan.row_noisy:
         place = lax.axis_index("program"), slot, pl.ds(wg * ROWS, ROWS)
-        row = blocks.rows_kept(refs["row_noise"].at[place])
+        row = noise_blocks.rows_kept(refs["row_noise"].at[place])
     return noise, row
 
 
@@ -525,12 +293,12 @@ def _answer(plan: Plan, total, mass, noise):
         unshift = 2.0**-plan.shift
         total, high, low = total * unshift, high * unshift, low * unshift
     if spec.noise == "sums":
-        total = blocks.on_grid(total + noise[0], spec)
+        total = noise_blocks.on_grid(total + noise[0], spec)
     if noise[1] is not None:
-        mass = blocks.on_grid(round_after(high, low, noise[1]), spec, denominator=True)
+        mass = noise_blocks.on_grid(round_after(high, low, noise[1]), spec, denominator=True)
     else:
         mass = high + low
-    total = plgpu.layout_cast(total, _PACKED)
+    total = plgpu.layout_cast(total, PACKED)
     bound = spec.ball if spec.ball is not None else spec.row_clip
     unit = 1.0 if bound is None else 1.0 / bound
     if plan.released:
@@ -544,7 +312,7 @@ def _answer(plan: Plan, total, mass, noise):
         ratio, factor = _bounded(ratio, bound)
     clean = ratio
     if spec.noise == "rows":
-        ratio = blocks.on_grid(ratio + plgpu.layout_cast(noise[0], _PACKED), spec)
+        ratio = noise_blocks.on_grid(ratio + plgpu.layout_cast(noise[0], PACKED), spec)
     return ratio, clean, mass, factor
 
 
@@ -666,7 +434,7 @@ def column_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
 
     pl.when(mine > 0)(lambda: copy(jnp.int32(0)))
     plgpu.barrier_wait(refs["k_full"])
-    offset = plgpu.load(refs["offset"], layout=_COLUMN, optimized=False)
+    offset = plgpu.load(refs["offset"], layout=COLUMN, optimized=False)
 
     def one(i, total):
         pl.when(i + 1 < mine)(lambda: copy(i + 1))
@@ -677,10 +445,10 @@ def column_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
         query_ids = None
         if plan.segments:
             source = refs["query_segments"].at[batch, pl.ds(start, ROWS)]
-            query_ids = plgpu.load(source, layout=_ROW, optimized=False)
+            query_ids = plgpu.load(source, layout=ROW, optimized=False)
         allowed = _visible(plan, start, key_start, refs, batch, query_ids)
         if plan.queries % ROWS:
-            rows = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=_TILE)
+            rows = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=TILE)
             inside = rows < plan.queries - start
             allowed = inside if allowed is None else allowed & inside
         if allowed is not None:

@@ -1,0 +1,242 @@
+"""Noise of the Hopper kernel: `random`'s blocks drawn in the registers that their numbers are for.
+
+One block of the matrix noise serves one row's share of 64 columns of exactly one thread of a tile,
+so nothing is exchanged. The special functions are the device's approximate ones: normals are within
+2⁻¹⁴ of those of `random.normal_pair`, whose words they share bit for bit.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, scf
+
+from dpfa_jax import random
+from dpfa_jax.doubleword import grid_step
+from dpfa_jax.pallas import mosaic_gpu_registers as rg
+from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
+
+_MATRIX, _ROWS_DOMAIN = 1, 2
+
+
+def _own(ref):
+    """PTX name of the memory, address and constraint of this thread's first four numbers."""
+    i64 = ir.IntegerType.get_signless(64)
+    base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+    address = arith.addi(base, arith.extui(i64, arith.muli(rg.thread(), rg.integer(16))))
+    if mgpu.utils.is_smem_ref(ref):
+        return "shared", arith.trunci(rg.i32(), address), "r"
+    return "global", address, "l"
+
+
+_STRIDE = 16 * rg.WARPGROUP
+
+
+def keep(tile, ref):
+    """Writes a tile (64, width) to a warpgroup's buffer, each thread its own numbers.
+
+    The same thread of another warpgroup reads them by `kept`, after a barrier.
+
+    Args:
+      tile: float32.
+      ref: (64·width,) float32, in shared or global memory.
+    """
+
+    @rg.inline(arg_types=(rg.TILE, plgpu.RefType()))
+    def run(_, tile, ref):
+        space, address, kind = _own(ref)
+        numbers = rg.numbers(tile)
+        void = ir.Type.parse("!llvm.void")
+        for index in range(0, len(numbers), 4):
+            text = f"st.{space}.v4.f32 [$0+{index // 4 * _STRIDE}], {{$1, $2, $3, $4}};"
+            four = numbers[index : index + 4]
+            rg.asm(void, [address, *four], text, f"{kind},f,f,f,f,~{{memory}}", effects=True)
+
+    run(tile, ref)
+
+
+def _load_four(space: str, address, kind: str, offset: int):
+    struct = llvm.StructType.get_literal([rg.f32()] * 4)
+    order = ".relaxed.gpu" if space == "global" else ""
+    text = f"ld{order}.{space}.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    found = rg.asm(struct, [address], text, f"=f,=f,=f,=f,{kind},~{{memory}}", effects=True)
+    return [llvm.extractvalue(rg.f32(), found, [i]) for i in range(4)]
+
+
+def kept(ref, width: int):
+    """The tile that `keep` wrote: (64, width) float32."""
+
+    @rg.inline(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE),
+    )
+    def run(_, ref):
+        place = _own(ref)
+        offsets = range(0, ROWS * width * 4, _STRIDE)
+        found = [number for offset in offsets for number in _load_four(*place, offset)]
+        return rg.from_numbers(found, (ROWS, width), rg.TILE)
+
+    return run(ref)
+
+
+def _rotate(word, bits):
+    return arith.ori(arith.shli(word, rg.integer(bits)), arith.shrui(word, rg.integer(32 - bits)))
+
+
+def _quarter(state, a, b, c, d):
+    """a += b, d = (d ^ a) <<< n; c += d, b = (b ^ c) <<< n; twice."""
+    for first, second in ((16, 12), (8, 7)):
+        state[a] = arith.addi(state[a], state[b])
+        state[d] = _rotate(arith.xori(state[d], state[a]), first)
+        state[c] = arith.addi(state[c], state[d])
+        state[b] = _rotate(arith.xori(state[b], state[c]), second)
+
+
+def _chacha(key, address):
+    """Sixteen words of one ChaCha block, each an i32 value."""
+    initial = [*(rg.integer(word) for word in random._CONSTANTS), *key, *address]
+    state = list(initial)
+    for _ in range(random.ROUNDS // 2):
+        for i in range(4):
+            _quarter(state, i, i + 4, i + 8, i + 12)
+        for i in range(4):
+            _quarter(state, i, 4 + (i + 1) % 4, 8 + (i + 2) % 4, 12 + (i + 3) % 4)
+    return [arith.addi(a, b) for a, b in zip(state, initial, strict=True)]
+
+
+def _normal_pair(first, second, scale: float):
+    """`random.normal_pair` times `scale`, with the device's approximate functions."""
+    mul = arith.mulf
+    upper = arith.shrsi(first, rg.integer(31))
+    high = arith.sitofp(rg.f32(), arith.xori(first, upper))
+    low = arith.sitofp(rg.f32(), arith.shrui(arith.xori(second, upper), rg.integer(24)))
+    small = rg.fma(low, rg.real(2.0**-40), rg.real(2.0**-41))
+    small = rg.fma(high, rg.real(2.0**-32), small)
+    flipped = arith.cmpi(arith.CmpIPredicate.slt, first, rg.integer(0))
+    series = rg.fma(small, rg.real(1.0 / 3.0), rg.real(0.5))
+    series = mul(small, rg.fma(small, series, rg.real(1.0)))
+    argument = arith.select(flipped, arith.subf(rg.real(1.0), small), small)
+    logarithm = mul(rg.real(-math.log(2.0)), rg.approximate("lg2", argument))
+    tiny = arith.cmpf(arith.CmpFPredicate.OLT, small, rg.real(1.0 / 64.0))
+    square = arith.select(arith.andi(flipped, tiny), series, logarithm)
+    # √2 as a second factor: no scale can make the square overflow.
+    radius = mul(rg.approximate("sqrt", square), rg.real(scale * math.sqrt(2.0)))
+    turn = arith.sitofp(rg.f32(), arith.shrsi(arith.shli(second, rg.integer(8)), rg.integer(8)))
+    step = 2.0 * math.pi / 2.0**24
+    angle = rg.fma(turn, rg.real(step), rg.real(step / 2))
+    return mul(radius, rg.approximate("cos", angle)), mul(radius, rg.approximate("sin", angle))
+
+
+def _key(ref):
+    index = ir.IndexType.get()
+    place = [arith.constant(index, ir.IntegerAttr.get(index, i)) for i in range(8)]
+    return [memref.load(ref, [i]) for i in place]
+
+
+def matrix_noise(key_ref, batch, head, start, chunk, width: int, noise_std: float):
+    """Normals times `noise_std` of rows start..start+64, columns 64·chunk..+width: (64, width).
+
+    Args:
+      key_ref: eight uint32 in global memory.
+      batch: int32 scalar, global.
+      head: int32 scalar, global.
+      start: int32 scalar, global row.
+      chunk: int32 scalar.
+      width: 16, 32, 48 or 64.
+      noise_std: standard deviation.
+    """
+
+    @rg.inline(
+        arg_types=(plgpu.RefType(), rg.SCALAR, rg.SCALAR, rg.SCALAR, rg.SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE),
+    )
+    def run(_, key_ref, batch, head, start, chunk):
+        key = _key(key_ref)
+        row, lane = rg.lane_place()
+        row = arith.addi(row, rg.scalar(start))
+        column = arith.addi(arith.shli(rg.scalar(chunk), rg.integer(2)), lane)
+        tagged = arith.ori(rg.integer(_MATRIX << 24), rg.scalar(head))
+        drawn: list[Any] = [None] * (width // 4)
+        for half in range(2):
+            place = arith.addi(row, rg.integer(8 * half))
+            words = _chacha(key, [place, column, rg.scalar(batch), tagged])
+            for pair in range(width // 8):
+                two = _normal_pair(words[2 * pair], words[2 * pair + 1], noise_std)
+                drawn[2 * pair + half] = two
+        numbers = [number for pair in drawn for number in pair]
+        return rg.from_numbers(numbers, (ROWS, width), rg.TILE)
+
+    return run(key_ref, batch, head, start, chunk)
+
+
+def row_noise(key_ref, batch, head, start, rows: int, noise_std: float, out_ref):
+    """Writes normals times `noise_std` of rows start..start+rows, both multiples of 16.
+
+    One thread draws a whole block: pair j is rows 16r + j and that + 8.
+
+    Args:
+      key_ref: eight uint32 in global memory.
+      batch: int32 scalar, global.
+      head: int32 scalar, global.
+      start: int32 scalar, global row.
+      rows: their number, at most 512.
+      noise_std: standard deviation.
+      out_ref: (rows,) float32 in global memory.
+    """
+
+    @rg.inline(arg_types=(plgpu.RefType(), rg.SCALAR, rg.SCALAR, rg.SCALAR, plgpu.RefType()))
+    def run(_, key_ref, batch, head, start, out_ref):
+        thread = rg.thread()
+        mine = arith.cmpi(arith.CmpIPredicate.ult, thread, rg.integer(rows // 16))
+        branch = scf.IfOp(mine)
+        with ir.InsertionPoint(branch.then_block):
+            block = arith.addi(arith.shrui(rg.scalar(start), rg.integer(4)), thread)
+            tagged = arith.ori(rg.integer(_ROWS_DOMAIN << 24), rg.scalar(head))
+            words = _chacha(_key(key_ref), [block, rg.integer(0), rg.scalar(batch), tagged])
+            first = arith.shli(thread, rg.integer(4))
+            for pair in range(8):
+                drawn = _normal_pair(words[2 * pair], words[2 * pair + 1], noise_std)
+                for half in range(2):
+                    place = arith.addi(first, rg.integer(pair + 8 * half))
+                    place = arith.index_cast(ir.IndexType.get(), place)
+                    memref.store(drawn[half], out_ref, [place])
+            scf.yield_([])
+
+    run(key_ref, batch, head, start, out_ref)
+
+
+def rows_kept(ref):
+    """(64,) float32 from global memory that another warpgroup wrote."""
+
+    @rg.inline(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, rg.ROW),
+    )
+    def run(_, ref):
+        i64 = ir.IntegerType.get_signless(64)
+        row, _ = rg.lane_place()
+        base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+        address = arith.addi(base, arith.extui(i64, arith.shli(row, rg.integer(2))))
+        found = []
+        for half in range(2):
+            text = f"ld.relaxed.gpu.global.f32 $0, [$1+{32 * half}];"
+            found.append(rg.asm(rg.f32(), [address], text, "=f,l,~{memory}", effects=True))
+        return rg.from_numbers(found, (ROWS,), rg.ROW)
+
+    return run(ref)
+
+
+def on_grid(tile, spec, *, denominator: bool = False):
+    """The nearest multiple of the noise's public grid where the call asks for it.
+
+    Beside 1.5·2²³ steps of the grid a number keeps no bits below one step; one that is larger than
+    that loses bits of its own, which are post-processed away like the others.
+    """
+    if not spec.on_grid:
+        return tile
+    step = grid_step(spec.denominator_std if denominator else spec.noise_std)
+    shift = 1.5 * 2.0**23 * step
+    return (tile + shift) - shift

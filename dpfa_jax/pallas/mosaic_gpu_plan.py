@@ -1,0 +1,241 @@
+"""How the Hopper kernels are cut: what is static, which tile comes when, what memory is shared."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dpfa_jax._typing import Spec
+from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, Matrix
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How the kernel is cut.
+
+    Attributes:
+      block_k: keys of one tile, a multiple of 16.
+      stages: tiles of keys and of values in shared memory.
+      compute: warpgroups that compute.
+      flush: key tiles of one accumulator.
+      slots: tiles whose noise may wait to be used.
+      noise: where it waits, "shared" or "global" memory.
+      registers: of the computing, copying and drawing threads, a multiple of 8 each.
+      nearby: bytes of keys and values that tiles in flight may read.
+    """
+
+    block_k: int = 128
+    stages: int = 2
+    compute: int = 2
+    flush: int = 4
+    slots: int = 2
+    noise: str = "global"
+    registers: tuple[int, int, int] = (208, 24, 72)
+    nearby: int = 24 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one kernel.
+
+    Attributes:
+      spec: what is computed.
+      shape: how it is cut.
+      batch: B.
+      memories: B or 1.
+      queries: T.
+      keys: S.
+      heads: query heads.
+      group: query heads of one kv head.
+      key_width: H, a multiple of 16.
+      value_width: h, a multiple of 16.
+      dtype: of the matrix products.
+      programs: blocks of the grid.
+      shift: powers of two by which weights are raised.
+      segments: whether there are segment ids.
+      offsets: 1 or B: batch size of the offsets.
+    """
+
+    spec: Spec
+    shape: Shape
+    batch: int
+    memories: int
+    queries: int
+    keys: int
+    heads: int
+    group: int
+    key_width: int
+    value_width: int
+    dtype: Any
+    programs: int
+    shift: int = 0
+    segments: bool = False
+    offsets: int = 1
+
+    @property
+    def block_q(self) -> int:
+        """Queries of one tile of the grid."""
+        return ROWS * self.shape.compute
+
+    @property
+    def query_blocks(self) -> int:
+        """Tiles along the queries."""
+        return -(-self.queries // self.block_q)
+
+    @property
+    def key_blocks(self) -> int:
+        """Tiles along the keys."""
+        return -(-self.keys // self.shape.block_k)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the call."""
+        return self.batch * self.heads * self.query_blocks
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a warpgroup draws noise."""
+        return self.spec.noise != "none"
+
+    @property
+    def row_noisy(self) -> bool:
+        """Whether denominators have noise."""
+        return self.spec.noise == "sums" and self.released
+
+    @property
+    def released(self) -> bool:
+        """Whether the denominator is used."""
+        return self.spec.denominator_std != math.inf
+
+    @property
+    def sides(self) -> tuple[int | None, int | None]:
+        """How far before and after itself a query sees."""
+        left, right = self.spec.window or (None, None)
+        if self.spec.is_causal:
+            right = 0 if right is None else min(right, 0)
+        return left, right
+
+    @property
+    def masked(self) -> bool:
+        """Whether every key tile is masked, not only those on the diagonal."""
+        return self.segments or self.spec.window is not None or self.edge > 2
+
+    @property
+    def edge(self) -> int:
+        """Key tiles on the diagonal of a query tile."""
+        if not self.spec.is_causal or self.spec.window is not None:
+            return 0
+        return (
+            max(1, self.block_q // self.shape.block_k)
+            if not (self.block_q % self.shape.block_k and self.shape.block_k % self.block_q)
+            else 3
+        )
+
+    @property
+    def online(self) -> bool:
+        """Whether the reference is the running maximum."""
+        return self.spec.score_cap is None
+
+    @property
+    def joins(self) -> bool:
+        """Whether an accumulator must be emptied: only the rounding of released sums is charged."""
+        released = self.spec.noise == "sums" and self.spec.ball is not None
+        return released and self.key_blocks > self.shape.flush
+
+    @property
+    def cap(self) -> float:
+        """The public reference in the unit of the products of rows."""
+        return min((self.spec.score_cap or 0.0) / self.spec.scale, 3e38)
+
+    @property
+    def factor(self) -> float:
+        """Of the scores, into units of ln 2."""
+        return self.spec.scale * LOG2_E
+
+    @property
+    def matrices(self) -> tuple[Matrix, Matrix]:
+        """Of queries and keys, and of values."""
+        return (
+            Matrix(self.key_width, self.dtype),
+            Matrix(self.value_width, self.dtype),
+        )
+
+    def place(self, tile):
+        """Tile number → (query block, head, batch).
+
+        Heads whose keys and values fit the cache together are neighbours; among them the longest
+        causal rows come first.
+        """
+        total = self.batch * self.heads
+        one = 2 * self.keys * (self.key_width + self.value_width)
+        near = max(1, self.shape.nearby // one) * self.group
+        near = min(total, near)
+        size = near * self.query_blocks
+        region, rest = lax.div(tile, jnp.int32(size)), lax.rem(tile, jnp.int32(size))
+        width = jnp.minimum(total - region * near, near)
+        block, head = lax.div(rest, width), lax.rem(rest, width) + region * near
+        if self.spec.is_causal:
+            block = self.query_blocks - 1 - block
+        return block, lax.rem(head, jnp.int32(self.heads)), lax.div(head, jnp.int32(self.heads))
+
+    def key_range(self, block):
+        """First key tile that a query block sees, and how many: at least one."""
+        left, right = self.sides
+        low, high = jnp.int32(0), jnp.int32(self.key_blocks)
+        size = self.shape.block_k
+        start = block * self.block_q
+        if right is not None:
+            high = lax.div(start + (self.block_q + right + size - 1), jnp.int32(size))
+            high = jnp.clip(high, 1, self.key_blocks)
+        if left is not None:
+            low = lax.div(jnp.maximum(start - left, 0), jnp.int32(size))
+            low = jnp.minimum(low, high - 1)
+        return low, high - low
+
+
+def scratch(plan: Plan) -> dict:
+    """Shared memory and barriers of one block of the grid."""
+    shape = plan.shape
+    key, value = (matrix.transforms for matrix in plan.matrices)
+    numbers = ROWS * plan.value_width
+
+    def shared(shape, dtype, transforms=()):
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    stage = shared((shape.compute, ROWS, plan.value_width), plan.dtype, value)
+    found = {
+        "q": shared((shape.compute, ROWS, plan.key_width), plan.dtype, key),
+        "k": shared((shape.stages, shape.block_k, plan.key_width), plan.dtype, key),
+        "v": shared((shape.stages, shape.block_k, plan.value_width), plan.dtype, value),
+        "offset": shared((shape.stages, shape.block_k), jnp.float32),
+        "stage": stage,
+        "q_full": plgpu.Barrier(num_barriers=shape.compute),
+        "q_empty": plgpu.Barrier(num_barriers=shape.compute),
+        "k_full": plgpu.Barrier(num_arrivals=2, num_barriers=shape.stages),
+        "k_empty": plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.stages),
+        "v_full": plgpu.Barrier(num_barriers=shape.stages),
+        "v_empty": plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.stages),
+    }
+    if plan.noisy:
+        found["noise_full"] = plgpu.Barrier(num_barriers=shape.slots * shape.compute)
+        found["noise_empty"] = plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.slots)
+        if shape.noise == "shared":
+            found["noise"] = shared((shape.slots, shape.compute, numbers), jnp.float32)
+    return found
+
+
+def buffers(plan: Plan) -> dict:
+    """Global memory that the kernel alone uses: name → shape, float32."""
+    shape = plan.shape
+    own = (shape.compute, ROWS * plan.value_width)
+    found = {}
+    if plan.noisy and shape.noise == "global":
+        found["noise"] = (plan.programs, shape.slots, *own)
+    if plan.row_noisy:
+        found["row_noise"] = (plan.programs, shape.slots, plan.block_q)
+    return found

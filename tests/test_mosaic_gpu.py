@@ -1,0 +1,173 @@
+"""Which statement does this file keep true? The Hopper kernel lowers as asked, refuses the rest.
+
+It cannot be interpreted: what it computes is compared with `reference` where there is a GPU of
+compute capability 9.0 (tests marked `gpu`), its rounding with what is charged for it here.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpfa_jax import reference
+from dpfa_jax._typing import Operands, Spec
+from dpfa_jax.pallas import accumulators, mosaic_gpu
+
+NOISY = {
+    "score_cap": 2.0,
+    "noise": "sums",
+    "noise_std": 0.1,
+    "denominator_std": 0.2,
+    "floor": 0.2,
+    "ball": 1.0,
+}
+ROWS = {"score_cap": None, "noise": "rows", "noise_std": 0.1, "row_clip": 0.1, "on_grid": True}
+KEY = np.arange(8, dtype=np.uint32) * 77777 + 5
+
+
+def _operands(*, queries=200, keys=300, heads=4, kv_heads=2, width=64, dtype="bfloat16", **more):
+    draw = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(draw.standard_normal(shape, np.float32), dtype)
+
+    weights = -draw.exponential(size=(2, keys, kv_heads)).astype(np.float32)
+    return Operands(
+        normal(2, queries, heads, width),
+        normal(2, keys, kv_heads, width),
+        normal(2, keys, kv_heads, width),
+        jnp.asarray(weights),
+        noise_key=jnp.asarray(KEY),
+        **more,
+    )
+
+
+def _segments(length):
+    ids = jnp.arange(length, dtype=jnp.int32) * 4 // length
+    return jnp.broadcast_to(ids, (2, length))
+
+
+CASES = {
+    "plain": ({}, {"score_cap": None}),
+    "causal": ({"keys": 200, "width": 128}, {**NOISY, "is_causal": True}),
+    "several groups": ({"keys": 1100, "width": 128}, {**NOISY, "noise_std": 1.0, "floor": 1.0}),
+    "several groups, narrow": ({"keys": 700}, NOISY),
+    "float16": ({"dtype": "float16"}, NOISY),
+    "rows": ({}, ROWS),
+    "width 80": ({"width": 80}, NOISY),
+    "wide": ({"width": 256, "kv_heads": 4}, NOISY),
+    "segments and window": (
+        {"keys": 200, "query_segments": _segments(200), "key_segments": _segments(200)},
+        {**NOISY, "window": (60, 30)},
+    ),
+    "lengths": ({"key_lengths": jnp.array([150, 70], jnp.int32)}, NOISY),
+    "no denominator": ({}, {**NOISY, "denominator_std": math.inf, "floor": 50.0}),
+}
+
+
+def _spec(changes):
+    return Spec(**{"scale": 0.3, **changes})
+
+
+def _relative(found, wanted):
+    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "several groups, narrow", "float16", "rows"])
+def test_forward_lowers_for_cuda_without_a_gpu(name):
+    shapes, changes = CASES[name]
+    spec = _spec(changes)
+    traced = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec)).trace(_operands(**shapes))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("dpfa_mosaic_forward_kernel") >= 1
+
+
+def test_column_squares_lowers_for_cuda_without_a_gpu():
+    spec = _spec(NOISY)
+    traced = jax.jit(lambda operands: mosaic_gpu.column_squares(operands, spec)).trace(_operands())
+    assert "dpfa_mosaic_column_kernel" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_supports_refuses_where_it_is_not_compiled():
+    assert not mosaic_gpu.preferred()
+    reason = mosaic_gpu.supports(_operands(), _spec(NOISY))
+    assert reason is not None and "9.0" in reason
+
+
+@pytest.mark.parametrize(
+    ("shapes", "part"),
+    [
+        ({"dtype": "float32"}, "bfloat16"),
+        ({"keys": 8200, "queries": 8}, "8192"),
+        ({"keys": 700, "width": 192}, "wider"),
+        ({"mask": jnp.ones((2, 4, 200, 300), bool)}, "masks by query"),
+    ],
+)
+def test_lacking_says_what_has_no_kernel(shapes, part):
+    reason = mosaic_gpu.lacking(_operands(**shapes), _spec(NOISY))
+    assert reason is not None and part in reason
+    assert mosaic_gpu.lacking(_operands(), _spec(NOISY)) is None
+
+
+def test_sums_rounding_is_not_exceeded_by_a_unit_that_rounds_to_the_worse_side():
+    # Steps of 16 keys that each err by 5.5·2⁻²³ of what was added so far, always against us; the
+    # groups then join in float32. One record of weight 1 leaves a sum of n.
+    for keys in (16, 300, 1024, 4096, 8192):
+        error, mass = 0.0, 0
+        for first in range(0, keys, 512):
+            inside = 0
+            for step in range(first, min(first + 512, keys), 16):
+                inside += min(16, keys - step)
+                if first == 0:  # the changed record's group
+                    error += 5.5 * 2.0**-23 * inside
+            mass += inside
+            error += 2.0**-24 * mass if first else 0.0
+        assert 2 * error <= accumulators.sums_rounding(keys)
+    # Groups of 1024 keys would not do.
+    assert 2 * 5.5 * 2.0**-23 * 16 * sum(range(1, 65)) > accumulators.sums_rounding(1024)
+
+
+def test_sums_rounding_stays_near_one_percent():
+    assert accumulators.sums_rounding(512) < 0.012
+    assert accumulators.sums_rounding(4096) < 0.015
+    assert accumulators.rounding(8192) < 0.026
+    assert accumulators.rounding(8193) == math.inf
+    with pytest.raises(ValueError, match="8192"):
+        accumulators.sums_rounding(8193)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_forward_is_the_reference(name):
+    shapes, changes = CASES[name]
+    operands, spec = _operands(**shapes), _spec(changes)
+    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec))
+    out, (_, mass, _, _) = run(operands)
+    wanted, residuals = jax.jit(lambda operands: reference.forward(operands, spec))(operands)
+    assert _relative(out, wanted) < 2.0**-8
+    if spec.score_cap is not None and spec.denominator_std != math.inf:
+        assert _relative(jnp.swapaxes(mass, 1, 2), residuals[1]) < 1e-5
+    np.testing.assert_array_equal(
+        np.asarray(run(operands)[0], np.float32), np.asarray(out, np.float32)
+    )
+
+
+@pytest.mark.gpu
+def test_forward_draws_the_noise_of_the_reference():
+    operands = _operands()._replace(value=jnp.zeros((2, 300, 2, 64), jnp.bfloat16))
+    spec = _spec(
+        {**NOISY, "noise_std": 1.0, "denominator_std": math.inf, "floor": 1.0, "ball": None}
+    )
+    out, _ = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec))(operands)
+    wanted, _ = reference.noise_field(operands.noise_key, 2, 200, 4, 64)
+    assert np.max(np.abs(np.asarray(out, np.float32) - wanted) / (np.abs(wanted) + 0.1)) < 2.0**-8
+
+
+@pytest.mark.gpu
+def test_column_squares_is_the_reference():
+    operands, spec = _operands(keys=200), _spec({**NOISY, "scale": 0.1, "is_causal": True})
+    found = jax.jit(lambda operands: mosaic_gpu.column_squares(operands, spec))(operands)
+    assert _relative(found, reference.column_squares(operands, spec)) < 1e-5
