@@ -32,10 +32,12 @@ from dpfa_jax import (
 from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.doubleword import grid_step, to_grid
 
-BACKENDS = MappingProxyType({"triton": "dpfa_jax.pallas.triton", "xla": "dpfa_jax.reference"})
+BACKENDS = MappingProxyType(
+    {"mosaic_gpu": "dpfa_jax.pallas.mosaic_gpu", "triton": "dpfa_jax.pallas.triton"}
+    | {"xla": "dpfa_jax.reference"}
+)
 """Modules that export forward, backward, rounding, column_squares and supports(operands, spec) ->
-reason | None, fastest first; loaded when first used, so that importing the library loads no kernel.
-"""
+reason | None, fastest first; each is loaded when it is first used."""
 
 _NAMED = ("xla", "triton", "mosaic_gpu", "auto")
 
@@ -173,8 +175,8 @@ def private_attention(
       precision: of the score product, as in `jax.lax.dot`; None is the highest. The value product
         always has the highest, since its error counts against the guarantee.
       deterministic: whether gradients must be the same bits on every run (always so on "xla").
-      backend: "auto", "triton" (NVIDIA, compute capability 8.0 and up; interpreted on a CPU, for
-        tests) or "xla"; a named backend never falls back to another.
+      backend: "auto", "mosaic_gpu" (NVIDIA, compute capability 9.0), "triton" (8.0 and up;
+        interpreted on a CPU, for tests) or "xla"; a named backend never falls back to another.
 
     Returns:
       (B, T, N, h) in the query's dtype, the noise added in float32 or better before the cast. A
