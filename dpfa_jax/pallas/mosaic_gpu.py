@@ -109,6 +109,8 @@ def _cut(operands: Operands, spec: Spec) -> Shape:
     if width > 64 and spec.noise == "sums" and operands.key.shape[1] > GROUP_KEYS:
         # Two accumulators at once leave room for narrow key tiles only.
         return Shape(block_k=64, flush=8, stages=4, registers=(216, 24, 56))
+    if width <= 64:
+        return Shape(noise="shared", slots=1)
     return Shape()
 
 
