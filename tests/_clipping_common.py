@@ -18,17 +18,15 @@ WIDTH = 8
 class Language(nn.Module):
     """A causal transformer block with a tied embedding: the same table looks up and reads out."""
 
-    dtype: type = jnp.float32
-
     @nn.compact
     def __call__(self, tokens):
-        embed = nn.Embed(VOCABULARY, WIDTH, dtype=self.dtype, name="embed")
+        embed = nn.Embed(VOCABULARY, WIDTH, name="embed")
         x = embed(tokens) + self.param("place", nn.initializers.normal(1.0), (LENGTH, WIDTH))
         mask = nn.make_causal_mask(tokens)
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        x = x + nn.MultiHeadDotProductAttention(2, dtype=self.dtype, name="attention")(y, mask=mask)
-        y = nn.RMSNorm(dtype=self.dtype)(x)
-        x = x + nn.Dense(WIDTH, dtype=self.dtype)(nn.gelu(nn.Dense(12, dtype=self.dtype)(y)))
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(y, mask=mask)
+        y = nn.RMSNorm()(x)
+        x = x + nn.Dense(WIDTH)(nn.gelu(nn.Dense(12)(y)))
         return embed.attend(x)
 
 
@@ -88,8 +86,8 @@ def problem(name):
     """(loss of one example, parameters, batched arguments) of a named model."""
     key = jax.random.key(3)
     tokens = draw_tokens()
-    if name in ("language", "language_bf16"):
-        model = Language(jnp.float32 if name == "language" else jnp.bfloat16)
+    if name == "language":
+        model = Language()
         params = jax.jit(model.init)(key, tokens[0])
         return functools.partial(language_loss, model), params, (tokens,)
     if name == "picture":
