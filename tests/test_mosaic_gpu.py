@@ -171,3 +171,35 @@ def test_column_squares_is_the_reference():
     operands, spec = _operands(keys=200), _spec({**NOISY, "scale": 0.1, "is_causal": True})
     found = jax.jit(lambda operands: mosaic_gpu.column_squares(operands, spec))(operands)
     assert _relative(found, reference.column_squares(operands, spec)) < 1e-5
+
+
+@pytest.mark.gpu
+def test_forward_under_vmap_is_a_loop_over_forward():
+    spec = _spec({**NOISY, "is_causal": True})
+    one, other = _operands(keys=700), _operands(keys=700)._replace(noise_key=jnp.asarray(KEY) ^ 1)
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), one, other)
+
+    def run(operands):
+        return mosaic_gpu.forward(operands, spec)[0]
+
+    found = np.asarray(jax.jit(jax.vmap(run))(both), np.float32)
+    for out, operands in zip(found, (one, other), strict=True):
+        np.testing.assert_array_equal(out, np.asarray(jax.jit(run)(operands), np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["plain", "causal", "several groups, narrow", "rows"])
+def test_backward_takes_the_residuals_of_forward(name):
+    shapes, changes = CASES[name]
+    operands, spec = _operands(**shapes), _spec(changes)
+
+    def gradients(module):
+        def run(operands):
+            out, residuals = module.forward(operands, spec)
+            cotangent = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+            return module.backward(operands, spec, residuals, cotangent.astype(out.dtype))[:4]
+
+        return jax.jit(run)(operands)
+
+    for found, wanted in zip(gradients(mosaic_gpu), gradients(reference), strict=True):
+        assert _relative(found, wanted) < 0.02
