@@ -151,7 +151,11 @@ def private_attention(
 
     The noise is a function of `rng` and the element index alone: under `vmap` every example has
     its own, even with an unbatched key, under `shard_map` and `pmap` every shard has. Calling twice
-    with one key releases twice under the same noise, whose difference is exact: split keys.
+    with one key releases twice under the same noise, whose difference is exact: split keys. A key
+    that a jitted function or a scan closes over would do that at every call, and is refused.
+
+    On GPUs a memory with rows that are not finite is answered by a second kernel: that there are
+    such rows, not which, shows in the timing.
 
     Args:
       query: (B, T, N, H) in float32, bfloat16 or float16.
@@ -256,9 +260,11 @@ def private_attention(
     data = None
     if private:
         assert rng is not None
+        data = random.key_data(rng)
+        _primitives.refuse_constant(rng, "Pass the key as an argument of that function.")
         masks = (mask, query_segments, key_segments, lengths)
         data = _primitives.stream_key(
-            random.key_data(rng), query, key, value, base, *(x for x in masks if x is not None)
+            data, query, key, value, base, *(x for x in masks if x is not None)
         )
     operands = Operands(
         query, key, value, base, mask, query_segments, key_segments, lengths, noise_key=data
@@ -303,14 +309,28 @@ def _sanitised(operands: Operands, mechanism: Any) -> Operands:
     bound = _record_bound(mechanism)
     if bound is not None:
         base = base + clipping.log_row_weights(value, bound)
-    return operands._replace(query=query, key=key, value=value, log_weights=base)
+    return _scaled(
+        operands._replace(query=query, key=key, value=value, log_weights=base), mechanism
+    )
 
 
 def _weighted(name: str, operands: Operands, mechanism: Any) -> Operands:
     """The same for a backend that leaves out what is not finite by itself: no copy is made."""
     bound = _record_bound(mechanism)
     weights, flags = _module(name).record_log_weights(operands.key, operands.value, bound)
-    return operands._replace(log_weights=operands.log_weights + weights, flags=flags)
+    operands = operands._replace(log_weights=operands.log_weights + weights, flags=flags)
+    return _scaled(operands, mechanism)
+
+
+def _scaled(operands: Operands, mechanism: Any) -> Operands:
+    """The value rows scaled to the bound, where no record weight does it."""
+    if not _bounds_values(mechanism) or _record_bound(mechanism) is not None:
+        return operands
+    return operands._replace(value=clipping.clip_rows(operands.value, mechanism.value_bound))
+
+
+def _bounds_values(mechanism: Any) -> bool:
+    return isinstance(mechanism, releases.IndependentNoise | releases.ClippedContributions)
 
 
 def _record_bound(mechanism: Any) -> float | None:
@@ -320,8 +340,7 @@ def _record_bound(mechanism: Any) -> float | None:
     differ by 2Cv in the numerator and by c in the denominator at once, so under REPLACE_ONE the
     row itself is scaled and its denominator stays (S2 in sensitivity.md).
     """
-    weighted = isinstance(mechanism, releases.IndependentNoise | releases.ClippedContributions)
-    if not weighted or mechanism.adjacency.kind == "REPLACE_ONE":
+    if not _bounds_values(mechanism) or mechanism.adjacency.kind == "REPLACE_ONE":
         return None
     return mechanism.value_bound
 
@@ -371,9 +390,6 @@ def _release(operands, spec, mechanism, call, name) -> jax.Array:
             )
             return run(bounded, operands)
         case releases.IndependentNoise() | releases.ClippedContributions():
-            if mechanism.adjacency.kind == "REPLACE_ONE":
-                scaled = clipping.clip_rows(operands.value, mechanism.value_bound)
-                operands = operands._replace(value=scaled)
             noise_std = mechanism.noise_multiplier * mechanism.l2_sensitivity(call) * growth
             weight = mechanism.weight(call)
             noisy = replace(

@@ -249,7 +249,12 @@ def answer(spec: Spec, numerator: jax.Array, denominator: jax.Array) -> jax.Arra
     if spec.denominator_std == float("inf"):
         ratio = numerator / spec.floor
     else:
-        ratio = numerator / jnp.maximum(denominator, spec.floor)[..., None]
+        if spec.noise != "sums":
+            # A query that sees nothing is answered by 0, whose gradient is 0 and not 0·∞.
+            numerator = jnp.where(denominator[..., None] > 0, numerator, 0.0)
+        # Not a maximum: its derivative multiplies by 0 what may have overflowed.
+        safe = jnp.where(denominator > spec.floor, denominator, spec.floor)
+        ratio = numerator / safe[..., None]
     bound = spec.ball if spec.ball is not None else spec.row_clip
     return ratio if bound is None else clipping.clip_rows(ratio, bound)
 

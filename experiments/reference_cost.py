@@ -69,14 +69,14 @@ def mechanism(name: str):
     raise ValueError(f"Expected NonPrivate or IndependentNoise, got {name}.")
 
 
-def attention(name: str, rng: jax.Array) -> Callable[..., jax.Array]:
-    """Attention of (query, key, value) by the named implementation, with scores of order one."""
+def attention(name: str) -> Callable[..., jax.Array]:
+    """Attention of (query, key, value, rng) by the named implementation, scores of order one."""
     if name == XLA:
-        return lambda query, key, value: jax.nn.dot_product_attention(
+        return lambda query, key, value, rng: jax.nn.dot_product_attention(
             query, key, value, scale=1.0, implementation="xla"
         )
     chosen = mechanism(name)
-    return lambda query, key, value: dp.private_attention(
+    return lambda query, key, value, rng: dp.private_attention(
         query, key, value, mechanism=chosen, rng=rng, queries="public", scale=1.0
     )
 
@@ -119,7 +119,7 @@ def check(settings: Settings) -> None:
         arrays = inputs(shape, shape, settings.seed)
         truth = exact(*arrays)
         ours, plain = (
-            float(np.abs(np.asarray(jax.jit(attention(name, rng))(*arrays)) - truth).max())
+            float(np.abs(np.asarray(jax.jit(attention(name))(*arrays, rng)) - truth).max())
             for name in ("NonPrivate", XLA)
         )
         print(f"check at length {length}: error {ours:.2e}, XLA's {plain:.2e}", flush=True)
@@ -153,8 +153,7 @@ class Case:
 
     def measure(self, settings: Settings) -> dict[str, Any]:
         """Runs in a fresh process: seconds and peak memory of this case."""
-        rng = dp.random.secure_key()
-        attend = attention(self.implementation, rng)
+        attend = attention(self.implementation)
         function = jax.jit(attend if self.direction == "forward" else gradient(attend))
         arrays = [
             jnp.asarray(array)
@@ -164,6 +163,7 @@ class Case:
                 settings.seed,
             )
         ]
+        arrays.append(dp.random.secure_key())
         compiled = function.lower(*arrays).compile()
         before = peak_bytes()
         jax.block_until_ready(compiled(*arrays))

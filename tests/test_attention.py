@@ -249,7 +249,7 @@ def test_replacing_a_row_beyond_the_bound_moves_no_more_than_the_sensitivity():
                 jnp.full((1, 1, 1, 1), value),
                 jnp.zeros((1, 1, 1)),
             )
-            bounded = attention._bounded_values(operands, kind)
+            bounded = attention._sanitised(operands, kind)
             (high, _), (mass, _) = reference.sums(bounded, Spec(1.0, 1.0))
             found.append((float(high.squeeze()), weight * float(mass.squeeze())))
         moved[kind] = math.dist(*found)
@@ -429,3 +429,34 @@ def test_low_precision_inputs_get_their_noise_before_the_cast(dtype):
     got = ask(INDEPENDENT, *narrow)
     assert got.dtype == dtype
     assert np.array_equal(got, wide.astype(dtype))
+
+
+def test_private_attention_refuses_a_key_that_repeats_its_noise():
+    query, key, value = arrays()
+    rng = jax.random.key(0)
+
+    @jax.jit
+    def call(query):
+        return ask(INDEPENDENT, query, key, value, rng=rng)
+
+    with pytest.raises(ValueError, match="argument"):
+        call(query)
+
+
+@pytest.mark.parametrize("backend", ("xla", "triton"))
+def test_a_query_that_sees_nothing_has_no_gradient(backend):
+    query, key, value = (jnp.asarray(x[:1, :4], jnp.float32) for x in arrays())
+
+    def loss(*rows):
+        out = dpfa_jax.private_attention(
+            *rows,
+            mechanism=dpfa_jax.NonPrivate(),
+            rng=None,
+            queries="public",
+            key_value_seq_lengths=jnp.zeros(1, jnp.int32),
+            backend=backend,
+        )
+        return jnp.sum(out**2 + out)
+
+    for gradient in jax.jit(jax.grad(loss, (0, 1, 2)))(query, key, value):
+        assert np.all(gradient == 0)

@@ -122,14 +122,16 @@ def test_shard_map_over_queries_of_one_memory_has_the_right_gradient():
     query, key, value = arrays(memories=1)
     quiet = dataclasses.replace(INDEPENDENT, noise_multiplier=1e-6, floor=0.1)
 
-    def call(q, k, v):
-        return dpfa_jax.private_attention(q, k, v, mechanism=quiet, rng=KEY, queries="public")
+    def call(rng, q, k, v):
+        return dpfa_jax.private_attention(q, k, v, mechanism=quiet, rng=rng, queries="public")
 
     sharded = jax.shard_map(
-        call, mesh=_mesh(2), in_specs=(P("a"), P(), P()), out_specs=P("a"), check_vma=True
+        call, mesh=_mesh(2), in_specs=(P(), P("a"), P(), P()), out_specs=P("a"), check_vma=True
     )
     grads = [
-        jax.jit(jax.grad(lambda k, v, f=f: jnp.sum(f(query, k, v) ** 2), (0, 1)))(key, value)
+        jax.jit(jax.grad(lambda k, v, rng, f=f: jnp.sum(f(rng, query, k, v) ** 2), (0, 1)))(
+            key, value, KEY
+        )
         for f in (sharded, call)
     ]
     for left, right in zip(*grads, strict=True):

@@ -161,8 +161,11 @@ def test_vmap_gives_every_example_its_own_noise():
     many = jnp.broadcast_to(query, (2, 2, *query.shape))
 
     def nested(backend):
-        inner = jax.vmap(lambda q: _attend(q, key, value, rng, backend=backend))
-        return jax.jit(jax.vmap(inner))(many)
+        def each(query, rng):
+            return _attend(query, key, value, rng, backend=backend)
+
+        twice = jax.vmap(jax.vmap(each, (0, None)), (0, None))
+        return jax.jit(twice)(many, rng)
 
     out = nested("triton").reshape(4, -1)
     assert len({bytes(np.asarray(row)) for row in out}) == 4

@@ -505,7 +505,10 @@ def _coefficients(spec: Spec, clean, mass, factor, cotangent) -> tuple:
         return d_ratio, inverse, jnp.zeros_like(mass)
     flows = ~clipped & (jnp.swapaxes(mass, 1, 2) > spec.floor)
     delta = jnp.swapaxes(jnp.where(flows, along, 0.0), 1, 2)
-    return d_ratio, 1.0 / jnp.maximum(mass, spec.floor), delta
+    inverse = 1.0 / jnp.maximum(mass, spec.floor)
+    if spec.noise != "sums":
+        inverse = jnp.where(mass > 0, inverse, 0.0)
+    return d_ratio, inverse, delta
 
 
 def column_squares(operands: Operands, spec: Spec, *, tile: tiling.Tile | None = None) -> jax.Array:
