@@ -20,6 +20,7 @@ from dpfa_jax import (
     _check,
     _primitives,
     accounting,
+    admission,
     arguments,
     clipping,
     gaussian_process,
@@ -279,70 +280,17 @@ def private_attention(
     )
     marked = not isinstance(mechanism, releases.SequenceRelease)
     name = _backend(backend, *_asked(operands, spec, mechanism))
-    if _reads_any_rows(name, mechanism):
+    if admission.reads_any_rows(_module(name), mechanism):
         spec = dataclasses.replace(spec, mark_queries=marked)
-        out = _release(_weighted(name, operands, mechanism), spec, mechanism, call, name)
+        out = _release(
+            admission.weighted(_module(name), operands, mechanism), spec, mechanism, call, name
+        )
     else:
         query_ok = clipping.finite_rows(query)
-        out = _release(_sanitised(operands, mechanism), spec, mechanism, call, name)
+        out = _release(admission.sanitised(operands, mechanism), spec, mechanism, call, name)
         out = jnp.where(query_ok[..., None], out, jnp.nan) if marked else out
     out = out.astype(query.dtype)
     return _primitives.private_release(out, mechanism.event(query.shape, key.shape, value.shape))
-
-
-def _reads_any_rows(name: str, mechanism: Any) -> bool:
-    # ClippedContributions takes norms of its own, of rows that have to be finite.
-    contributions = isinstance(mechanism, releases.ClippedContributions)
-    return getattr(_module(name), "READS_ANY_ROWS", False) and not contributions
-
-
-def _sanitised(operands: Operands, mechanism: Any) -> Operands:
-    """Rows that are not finite become zero, such records NULL; value rows bounded by weights."""
-    query, key, value, base = operands[:4]
-    query_ok = clipping.finite_rows(query)
-    record_ok = jnp.all(clipping.finite_rows(key) & clipping.finite_rows(value), axis=-1)
-    query = jnp.where(query_ok[..., None], query, jnp.zeros((), query.dtype))
-    key = jnp.where(record_ok[..., None, None], key, jnp.zeros((), key.dtype))
-    value = jnp.where(record_ok[..., None, None], value, jnp.zeros((), value.dtype))
-    if not isinstance(mechanism, releases.SoftmaxNoise):
-        base = jnp.where(record_ok[..., None], base, -jnp.inf)
-    bound = _record_bound(mechanism)
-    if bound is not None:
-        base = base + clipping.log_row_weights(value, bound)
-    return _scaled(
-        operands._replace(query=query, key=key, value=value, log_weights=base), mechanism
-    )
-
-
-def _weighted(name: str, operands: Operands, mechanism: Any) -> Operands:
-    """The same for a backend that leaves out what is not finite by itself: no copy is made."""
-    bound = _record_bound(mechanism)
-    weights, flags = _module(name).record_log_weights(operands.key, operands.value, bound)
-    operands = operands._replace(log_weights=operands.log_weights + weights, flags=flags)
-    return _scaled(operands, mechanism)
-
-
-def _scaled(operands: Operands, mechanism: Any) -> Operands:
-    """The value rows scaled to the bound, where no record weight does it."""
-    if not _bounds_values(mechanism) or _record_bound(mechanism) is not None:
-        return operands
-    return operands._replace(value=clipping.clip_rows(operands.value, mechanism.value_bound))
-
-
-def _bounds_values(mechanism: Any) -> bool:
-    return isinstance(mechanism, releases.IndependentNoise | releases.ClippedContributions)
-
-
-def _record_bound(mechanism: Any) -> float | None:
-    """The norm to which record weights bound the value rows, or None.
-
-    A record weight shrinks a row's denominator too. Two rows that replace each other may then
-    differ by 2Cv in the numerator and by c in the denominator at once, so under REPLACE_ONE the
-    row itself is scaled and its denominator stays (S2 in sensitivity.md).
-    """
-    if not _bounds_values(mechanism) or mechanism.adjacency.kind == "REPLACE_ONE":
-        return None
-    return mechanism.value_bound
 
 
 def _release(operands, spec, mechanism, call, name) -> jax.Array:

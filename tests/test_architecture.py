@@ -31,7 +31,7 @@ LAYERS = (
     "accounting.convert accounting.subsample accounting.groups auditing clipping.groups"
     " clipping._batch per_example.plan per_example.rules"
     " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels pallas.accumulators",
-    "pallas.triton_gradients clipping.bounded",
+    "pallas.triton_gradients pallas.triton_calls clipping.bounded",
     "per_example.evaluate clipping.adaptive",
     "per_example",
     "clipping.two_pass",
@@ -47,7 +47,7 @@ LAYERS = (
     "arguments",
     "guarantee",
     "releases sampling",
-    "reference",
+    "reference admission",
     "attention",
     "memory.rows memory.history",
     "memory.gaussian_process memory.random_features memory.filtered",

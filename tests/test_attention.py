@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dpfa_jax
-from dpfa_jax import attention, random, reference, releases
+from dpfa_jax import admission, random, reference, releases
 from dpfa_jax._typing import Operands, Spec
 from tests import naive
 from tests.attention_common import (
@@ -249,7 +249,7 @@ def test_replacing_a_row_beyond_the_bound_moves_no_more_than_the_sensitivity():
                 jnp.full((1, 1, 1, 1), value),
                 jnp.zeros((1, 1, 1)),
             )
-            bounded = attention._sanitised(operands, kind)
+            bounded = admission.sanitised(operands, kind)
             (high, _), (mass, _) = reference.sums(bounded, Spec(1.0, 1.0))
             found.append((float(high.squeeze()), weight * float(mass.squeeze())))
         moved[kind] = math.dist(*found)
@@ -437,7 +437,9 @@ def test_private_attention_refuses_a_key_that_repeats_its_noise():
 
     @jax.jit
     def call(query):
-        return ask(INDEPENDENT, query, key, value, rng=rng)
+        return dpfa_jax.private_attention(
+            query, key, value, mechanism=INDEPENDENT, rng=rng, queries="public"
+        )
 
     with pytest.raises(ValueError, match="argument"):
         call(query)

@@ -9,18 +9,15 @@ kernels are interpreted: right and very slow, for tests.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from dpfa_jax import _primitives
 from dpfa_jax._typing import Operands, Spec
-from dpfa_jax.pallas import blocks, tiling, triton_gradients, triton_kernels
+from dpfa_jax.pallas import blocks, tiling, triton_calls, triton_gradients, triton_kernels
 from dpfa_jax.pallas.tiling import rounding as rounding
 from dpfa_jax.pallas.triton_kernels import Plan
 from dpfa_jax.pallas.triton_records import record_log_weights as record_log_weights
@@ -82,12 +79,6 @@ def preferred() -> bool:
     return capability.replace(".", "").isdigit() and float(capability) >= 8.0
 
 
-def _shape(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """A result that varies over the mesh axes over which `like` does."""
-    manual = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=None if manual.empty else manual)
-
-
 def _plan(operands: Operands, spec: Spec, pick: Callable, tile: Any) -> Plan:
     query, key, value = operands.query, operands.key, operands.value
     widest = max(tiling.padded(query.shape[3]), tiling.padded(value.shape[3]))
@@ -136,49 +127,15 @@ def _towards_zero(rows: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(above, lax.nextafter(rounded, jnp.zeros_like(rounded)), rounded)
 
 
-def _pad(array: jax.Array, axis: int, multiple: int, fill: Any) -> jax.Array:
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, -array.shape[axis] % multiple)
-    return jnp.pad(array, widths, constant_values=fill)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Argument:
-    """One array of a kernel call: block shape, and its place for (block, head, batch).
-
-    `cut` is the axis that the blocks of queries or keys cut, None where a program sees all of it.
-    """
-
-    name: str
-    array: Any
-    block: tuple[int | None, ...]
-    place: Callable
-    cut: int | None = None
-
-    def spec(self, count: int | None, place: Callable) -> pl.BlockSpec:
-        """For a kernel of one block; with a count of blocks, for one of all of them."""
-        block = list(self.block)
-        if count is not None and self.cut is not None:
-            block[self.cut] = count * (self.block[self.cut] or 1)
-        return pl.BlockSpec(tuple(block), lambda program: self.place(*place(program)))
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _shared(size: int, index):
-    """The index along an axis that may have size 1 for all."""
-    return 0 if size == 1 else index
-
-
-def _arguments(plan: Plan, operands: Operands, bias: jax.Array, by_key: bool) -> list[_Argument]:
+def _arguments(
+    plan: Plan, operands: Operands, bias: jax.Array, by_key: bool
+) -> list[triton_calls.Argument]:
     """The inputs that every kernel has, as blocks of queries or of keys."""
     tile, group = plan.tile, plan.group
     memories = operands.key.shape[0]
-    bias = _pad(bias, 2, tile.block_k, -jnp.inf)
-    padded_keys = _round_up(plan.keys, tile.block_k)
-    padded_queries = _round_up(plan.queries, tile.block_q)
+    bias = triton_calls.pad(bias, 2, tile.block_k, -jnp.inf)
+    padded_keys = triton_calls.round_up(plan.keys, tile.block_k)
+    padded_queries = triton_calls.round_up(plan.queries, tile.block_q)
     key_pad, value_pad = tiling.padded(plan.key_width), tiling.padded(plan.value_width)
     value = operands.value
     if value.dtype != plan.dtype:
@@ -188,11 +145,11 @@ def _arguments(plan: Plan, operands: Operands, bias: jax.Array, by_key: bool) ->
         return head if by_key else lax.div(head, jnp.int32(group))
 
     def memory(batch):
-        return _shared(memories, batch)
+        return triton_calls.shared(memories, batch)
 
     keys = tile.block_k if by_key else padded_keys
     found = [
-        _Argument(
+        triton_calls.Argument(
             "query",
             operands.query,
             (None, padded_queries, group, key_pad)
@@ -201,34 +158,38 @@ def _arguments(plan: Plan, operands: Operands, bias: jax.Array, by_key: bool) ->
             (lambda i, h, b: (b, 0, h, 0)) if by_key else (lambda i, h, b: (b, i, h, 0)),
             cut=None if by_key else 1,
         ),
-        _Argument(
+        triton_calls.Argument(
             "key",
             operands.key,
             (None, keys, None, key_pad),
             lambda i, h, b: (memory(b), i if by_key else 0, kv_head(h), 0),
             cut=1 if by_key else None,
         ),
-        _Argument(
+        triton_calls.Argument(
             "value",
             value,
             (None, keys, None, value_pad),
             lambda i, h, b: (memory(b), i if by_key else 0, kv_head(h), 0),
             cut=1 if by_key else None,
         ),
-        _Argument(
+        triton_calls.Argument(
             "bias",
             bias,
             (None, None, keys),
-            lambda i, h, b: (_shared(bias.shape[0], b), kv_head(h), i if by_key else 0),
+            lambda i, h, b: (triton_calls.shared(bias.shape[0], b), kv_head(h), i if by_key else 0),
             cut=2 if by_key else None,
         ),
     ]
     if plan.segments:
-        query_ids = _pad(operands.query_segments, 1, tile.block_q, 0)
-        key_ids = _pad(operands.key_segments, 1, tile.block_k, 0)
+        query_ids = triton_calls.pad(operands.query_segments, 1, tile.block_q, 0)
+        key_ids = triton_calls.pad(operands.key_segments, 1, tile.block_k, 0)
         found += [
-            _Argument("query_segments", query_ids, (None, padded_queries), lambda i, h, b: (b, 0)),
-            _Argument("key_segments", key_ids, (None, padded_keys), lambda i, h, b: (memory(b), 0)),
+            triton_calls.Argument(
+                "query_segments", query_ids, (None, padded_queries), lambda i, h, b: (b, 0)
+            ),
+            triton_calls.Argument(
+                "key_segments", key_ids, (None, padded_keys), lambda i, h, b: (memory(b), 0)
+            ),
         ]
     if plan.mask is not None:
         sizes = plan.mask
@@ -238,110 +199,29 @@ def _arguments(plan: Plan, operands: Operands, bias: jax.Array, by_key: bool) ->
         )
         members = group if by_key and sizes[1] != 1 else None
         found.append(
-            _Argument(
+            triton_calls.Argument(
                 "mask",
                 operands.mask.astype(jnp.int8),
                 (None, members, *full),
-                lambda i, h, b: (_shared(sizes[0], b), _shared(sizes[1], h), 0, 0),
+                lambda i, h, b: (
+                    triton_calls.shared(sizes[0], b),
+                    triton_calls.shared(sizes[1], h),
+                    0,
+                    0,
+                ),
             )
         )
     return found
 
 
-def _flags(flags: jax.Array) -> _Argument:
-    """Flags of a memory or of its queries, all of them at once for every program."""
-    flags = _pad(flags, 1, tiling.padded(flags.shape[1]), 0)
-    return _Argument(
-        "flags", flags, (None, flags.shape[1]), lambda i, h, b: (_shared(flags.shape[0], b), 0)
-    )
-
-
-def _call(
-    body: Callable,
-    plan: Plan,
-    grid: tuple[int, int, int],
-    inputs: list[_Argument],
-    outputs: list[_Argument],
-    flags: jax.Array | None = None,
-) -> dict[str, jax.Array]:
-    """Runs a kernel over (blocks, heads, batch), blocks first so that they share keys in cache.
-
-    With flags the kernel takes its arrays as they are, and where flags are up a second one writes
-    the answers anew without the rows that are not finite. No branch then costs the first anything;
-    the second reads flags and ends.
-    """
-    results = _launch(body, plan, grid, inputs, outputs)
-    if flags is not None:
-        repairing = dataclasses.replace(plan, repairs=True)
-        earlier = [
-            dataclasses.replace(o, name=f"earlier {o.name}", array=result)
-            for o, result in zip(outputs, results, strict=True)
-        ]
-        inputs = [*earlier, _flags(flags), *inputs]
-        results = _launch(body, repairing, grid, inputs, outputs)
-    return {o.name: result for o, result in zip(outputs, results, strict=True)}
-
-
-def _launch(body, plan, grid, inputs, outputs) -> tuple:
-    count, heads, _ = grid
-    heavy_last = plan.spec.is_causal and body is triton_kernels.forward_kernel
-
-    def place(program):
-        """Block, head and batch of one program, which when repairing has all the blocks."""
-        index, rest = jnp.int32(0), program
-        if not plan.repairs:
-            index = lax.rem(program, jnp.int32(count))
-            rest = lax.div(program, jnp.int32(count))
-            # The longest causal rows start first.
-            index = count - 1 - index if heavy_last else index
-        return index, lax.rem(rest, jnp.int32(heads)), lax.div(rest, jnp.int32(heads))
-
-    names = tuple(argument.name for argument in (*inputs, *outputs))
-    arrays = _primitives.vary_alike(*(argument.array for argument in inputs))
-
-    def run(fast, *arrays):
-        chosen = dataclasses.replace(plan, fast=fast)
-
-        def kernel(*all_refs):
-            refs = dict(zip(names, all_refs, strict=True))
-            index, *rest = place(pl.program_id(0))
-            if not plan.repairs:
-                body(chosen, (index, *rest), refs)
-                return
-
-            def one(index, carry):
-                body(chosen, (index, *rest), refs)
-                return carry
-
-            found = jnp.max(refs["flags"][...]) != 0
-            todo = jnp.where(found, jnp.int32(count), jnp.int32(0))
-            lax.fori_loop(jnp.int32(0), todo, one, jnp.int32(0))
-
-        kernel.__name__ = f"dpfa_{body.__name__}" + "_repair" * plan.repairs
-        cut = count if plan.repairs else None
-        return pl.pallas_call(
-            kernel,
-            grid=(math.prod(grid) // (count if plan.repairs else 1),),
-            in_specs=[argument.spec(cut, place) for argument in inputs],
-            out_specs=[argument.spec(cut, place) for argument in outputs],
-            out_shape=[_shape(*argument.array, like=arrays[0]) for argument in outputs],
-            input_output_aliases={i: i for i in range(len(outputs))} if plan.repairs else {},
-            compiler_params=plgpu.CompilerParams(
-                num_warps=plan.tile.warps, num_stages=1 if plan.repairs else plan.tile.stages
-            ),
-            interpret=not fast,
-            name=kernel.__name__,
-        )(*arrays)
-
-    return tuple(
-        lax.platform_dependent(*arrays, cuda=partial(run, True), default=partial(run, False))
-    )
-
-
-def _rows(name: str, plan: Plan, shape: tuple[int, int, int], array: Any = None) -> _Argument:
+def _rows(
+    name: str, plan: Plan, shape: tuple[int, int, int], array: Any = None
+) -> triton_calls.Argument:
     """One float32 for each (batch, head, query), as a block of queries."""
     given = (shape, jnp.float32) if array is None else array
-    return _Argument(name, given, (None, None, plan.tile.block_q), lambda i, h, b: (b, h, i), cut=2)
+    return triton_calls.Argument(
+        name, given, (None, None, plan.tile.block_q), lambda i, h, b: (b, h, i), cut=2
+    )
 
 
 def forward(
@@ -364,14 +244,16 @@ def forward(
     batch, queries, heads, _ = operands.query.shape
     inputs = _arguments(plan, operands, bias, by_key=False)
     if spec.noise != "none":
-        inputs.append(_Argument("noise_key", operands.noise_key, (8,), lambda i, h, b: (0,)))
+        inputs.append(
+            triton_calls.Argument("noise_key", operands.noise_key, (8,), lambda i, h, b: (0,))
+        )
     out_shape = (batch, queries, heads, plan.value_width)
     value_pad = tiling.padded(plan.value_width)
 
     def answer(name):
         block = (None, plan.tile.block_q, None, value_pad)
         described = (out_shape, operands.query.dtype)
-        return _Argument(name, described, block, lambda i, h, b: (b, i, h, 0), cut=1)
+        return triton_calls.Argument(name, described, block, lambda i, h, b: (b, i, h, 0), cut=1)
 
     row_shape = (batch, heads, queries)
     outputs = [answer("out"), _rows("mass", plan, row_shape), _rows("factor", plan, row_shape)]
@@ -380,7 +262,9 @@ def forward(
     if spec.noise == "rows":
         outputs.append(answer("clean"))
     grid = (-(-queries // plan.tile.block_q), heads, batch)
-    found = _call(triton_kernels.forward_kernel, plan, grid, inputs, outputs, operands.flags)
+    found = triton_calls.call(
+        triton_kernels.forward_kernel, plan, grid, inputs, outputs, operands.flags
+    )
     clean = found.get("clean", found["out"])
     return found["out"], (clean, found["mass"], found["factor"], found.get("best"))
 
@@ -434,21 +318,25 @@ def backward(
 
     inputs = _arguments(plan, operands, bias, by_key=False)
     block = (None, plan.tile.block_q, None, value_pad)
-    inputs.append(_Argument("cotangent", d_ratio, block, lambda i, h, b: (b, i, h, 0), cut=1))
+    inputs.append(
+        triton_calls.Argument("cotangent", d_ratio, block, lambda i, h, b: (b, i, h, 0), cut=1)
+    )
     inputs += [_rows(name, plan, row_shape, array) for name, array in rows]
     shape = (operands.query.shape, operands.query.dtype)
     block = (None, plan.tile.block_q, None, key_pad)
-    outputs = [_Argument("d_query", shape, block, lambda i, h, b: (b, i, h, 0), cut=1)]
+    outputs = [triton_calls.Argument("d_query", shape, block, lambda i, h, b: (b, i, h, 0), cut=1)]
     grid = (-(-queries // plan.tile.block_q), heads, batch)
     kernel = triton_gradients.query_gradient_kernel
-    found = _call(kernel, plan, grid, inputs, outputs, flags)
+    found = triton_calls.call(kernel, plan, grid, inputs, outputs, flags)
 
-    padded_queries = _round_up(queries, plan.tile.block_q)
+    padded_queries = triton_calls.round_up(queries, plan.tile.block_q)
     inputs = _arguments(plan, operands, bias, by_key=True)
     block = (None, padded_queries, plan.group, value_pad)
-    inputs.append(_Argument("cotangent", d_ratio, block, lambda i, h, b: (b, 0, h, 0)))
+    inputs.append(triton_calls.Argument("cotangent", d_ratio, block, lambda i, h, b: (b, 0, h, 0)))
     inputs += [
-        _Argument(name, array, (None, plan.group, padded_queries), lambda i, h, b: (b, h, 0))
+        triton_calls.Argument(
+            name, array, (None, plan.group, padded_queries), lambda i, h, b: (b, h, 0)
+        )
         for name, array in rows
     ]
     outputs = _key_outputs(plan, batch, keys, kv_heads, ("d_key", "d_value", "d_bias"))
@@ -459,7 +347,9 @@ def backward(
             for output, kind in zip(outputs, kinds, strict=True)
         ]
     grid = (-(-keys // plan.tile.block_k), kv_heads, batch)
-    found |= _call(triton_gradients.key_gradient_kernel, plan, grid, inputs, outputs, flags)
+    found |= triton_calls.call(
+        triton_gradients.key_gradient_kernel, plan, grid, inputs, outputs, flags
+    )
 
     def joined(array):
         return array if given.key.shape[0] == batch else jnp.sum(array, axis=0, keepdims=True)
@@ -469,8 +359,8 @@ def backward(
     return (found["d_query"], *map(joined, parts), None)
 
 
-def _key_outputs(plan: Plan, batch, keys, kv_heads, names) -> list[_Argument]:
-    padded_keys = _round_up(keys, plan.tile.block_k)
+def _key_outputs(plan: Plan, batch, keys, kv_heads, names) -> list[triton_calls.Argument]:
+    padded_keys = triton_calls.round_up(keys, plan.tile.block_k)
     widths = {"d_key": plan.key_width, "d_value": plan.value_width}
     outputs = []
     for name in names:
@@ -482,7 +372,7 @@ def _key_outputs(plan: Plan, batch, keys, kv_heads, names) -> list[_Argument]:
             shape = (batch, kv_heads, padded_keys)
             block = (None, None, plan.tile.block_k)
             place, cut = lambda i, h, b: (b, h, i), 2
-        outputs.append(_Argument(name, (shape, jnp.float32), block, place, cut))
+        outputs.append(triton_calls.Argument(name, (shape, jnp.float32), block, place, cut))
     return outputs
 
 
@@ -523,5 +413,5 @@ def column_squares(operands: Operands, spec: Spec, *, tile: tiling.Tile | None =
     inputs = _arguments(plan, operands, bias, by_key=True)
     outputs = _key_outputs(plan, batch, keys, kv_heads, ("squares",))
     grid = (-(-keys // plan.tile.block_k), kv_heads, batch)
-    found = _call(triton_gradients.column_kernel, plan, grid, inputs, outputs)
+    found = triton_calls.call(triton_gradients.column_kernel, plan, grid, inputs, outputs)
     return jnp.swapaxes(found["squares"][:, :, :keys], 1, 2)
