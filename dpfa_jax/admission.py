@@ -22,7 +22,12 @@ def reads_any_rows(module: ModuleType, mechanism: Any) -> bool:
 
 
 def sanitised(operands: Operands, mechanism: Any) -> Operands:
-    """Rows that are not finite become zero, such records NULL; value rows bounded by weights."""
+    """Rows that are not finite become zero, such records NULL; value rows bounded by weights.
+
+    Args:
+      operands: the call's arrays, `log_weights` the caller's alone.
+      mechanism: of the call.
+    """
     query, key, value, base = operands[:4]
     query_ok = clipping.finite_rows(query)
     record_ok = jnp.all(clipping.finite_rows(key) & clipping.finite_rows(value), axis=-1)
@@ -40,7 +45,13 @@ def sanitised(operands: Operands, mechanism: Any) -> Operands:
 
 
 def weighted(module: ModuleType, operands: Operands, mechanism: Any) -> Operands:
-    """The same for a backend that leaves out what is not finite by itself: no copy is made."""
+    """The same for a backend that leaves out what is not finite by itself: no copy is made.
+
+    Args:
+      module: the backend.
+      operands: the call's arrays, `log_weights` the caller's alone.
+      mechanism: of the call.
+    """
     bound = _record_bound(mechanism)
     weights, flags = module.record_log_weights(operands.key, operands.value, bound)
     operands = operands._replace(log_weights=operands.log_weights + weights, flags=flags)
