@@ -58,6 +58,9 @@ SHAPES = {
 }
 
 
+PASSES = ("forward", "forward_backward")
+
+
 def _private(settings: Settings, causal: bool, backend: str, noisy: bool, query, key, value, data):
     mechanism = dpfa_jax.NonPrivate()
     if noisy:
@@ -159,14 +162,14 @@ def _arrays(settings: Settings, shape):
     return query, key, value, jnp.arange(8, dtype=jnp.uint32), cotangent
 
 
-def measure(settings: Settings) -> list[dict]:
+def measure(settings: Settings, passes: tuple[str, ...] = PASSES) -> list[dict]:
     """One dictionary for each shape, pass and implementation."""
     from jax.experimental.mosaic.gpu import profiler
 
     cases = [
         (name, which, label, fun)
         for name, shape in SHAPES.items()
-        for which in ("forward", "forward_backward")
+        for which in passes
         for label, fun in _implementations(settings, shape[-1]).items()
     ]
 
@@ -221,6 +224,7 @@ def measure(settings: Settings) -> list[dict]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, add_help=True)
     parser.add_argument("--smoke", action="store_true", help="check the answers, time nothing")
+    parser.add_argument("--forward", action="store_true", help="time forward passes only")
     parser.add_argument("--output", type=pathlib.Path, default=_common.RESULTS)
     given = parser.parse_args(arguments)
     settings, watch = Settings(), _common.Stopwatch()
@@ -230,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if jax.default_backend() != "gpu":
         sys.exit("Timings need an NVIDIA GPU. Pass --smoke to check the answers on this device.")
-    rows = measure(settings)
+    rows = measure(settings, PASSES[:1] if given.forward else PASSES)
     _common.append_line(given.output, "attention_speed", settings, rows, watch.seconds())
 
 

@@ -17,7 +17,7 @@ import dpfa_jax
 from dpfa_jax import random, reference
 from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.pallas import triton
-from tests import test_audit
+from tests import test_audit, test_triton
 from tests.pallas import suite
 
 pytestmark = pytest.mark.gpu
@@ -151,6 +151,31 @@ def test_random_calls_equal_the_reference(part):
         distances = dict(zip(seeds, pool.map(_distance, seeds), strict=True))
     wrong = {seed: round(float(d), 2) for seed, d in distances.items() if not d <= 1}
     assert not wrong, f"seeds of _fuzz_case and how far they are off: {wrong}"
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+@pytest.mark.parametrize("mechanism", ("noise", "plain", "rows"))
+@pytest.mark.parametrize("backend", ("triton", "mosaic_gpu"))
+def test_compiled_kernels_leave_out_rows_that_are_not_finite(backend, mechanism, dtype):
+    test_triton.check_left_out(backend, mechanism, dtype)
+
+
+@pytest.mark.parametrize("width", (64, 128))
+def test_the_repair_has_the_bits_of_the_first_launch(width):
+    # A record that is not finite must not change the rounding of the sums of the others.
+    source = np.random.default_rng(0)
+    shape = (2, 1024, 2, width)
+    rows = [jnp.asarray(source.normal(size=shape), jnp.bfloat16) for _ in range(3)]
+    operands = Operands(*rows, jnp.zeros((2, 1024, 2)), noise_key=jnp.asarray(suite.KEY_DATA))
+    spec = Spec(
+        scale=0.1, score_cap=1.0, noise="sums", noise_std=1e-9, denominator_std=1e-9, floor=0.1
+    )
+    run = jax.jit(lambda o: triton.forward(o, spec))
+    first, repaired = (
+        run(operands._replace(flags=jnp.full((2, 64), flag, jnp.int32))) for flag in (0, 1)
+    )
+    assert np.array_equal(first[0], repaired[0])
+    assert np.array_equal(first[1][1], repaired[1][1])
 
 
 AUDITED = ("S2 ZERO_OUT", "S2 REPLACE_ONE", "S3 ZERO_OUT", "S7 row")
