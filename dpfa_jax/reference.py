@@ -249,9 +249,8 @@ def answer(spec: Spec, numerator: jax.Array, denominator: jax.Array) -> jax.Arra
     if spec.denominator_std == float("inf"):
         ratio = numerator / spec.floor
     else:
-        if spec.noise != "sums":
-            # A query that sees nothing is answered by 0, whose gradient is 0 and not 0·∞.
-            numerator = jnp.where(denominator[..., None] > 0, numerator, 0.0)
+        # Without noise a query that sees nothing is answered by 0, whose gradient is 0, not 0·∞.
+        numerator = jnp.where(denominator[..., None] != 0, numerator, 0.0)
         # Not a maximum: its derivative multiplies by 0 what may have overflowed.
         safe = jnp.where(denominator > spec.floor, denominator, spec.floor)
         ratio = numerator / safe[..., None]
