@@ -30,3 +30,11 @@ def test_stable_sum_is_accurate_for_a_million_terms():
     values = np.random.default_rng(0).random(1_000_003, np.float32)
     exact = values.astype(np.float64).sum()
     assert abs(float(clipping.stable_sum(jnp.asarray(values))) / exact - 1) < 2**-13
+
+
+def test_log_row_norms_counts_what_lies_below_the_largest_entry():
+    # The squares of numbers below 2⁻⁶³ are no normal float32 numbers.
+    for exponent in (-59, -55, -51, -49, 49, 51, 59):
+        rows = jnp.full((1, 256), 2.0 ** (exponent - 6)).at[0, 0].set(2.0**exponent)
+        want = math.log(2.0) * exponent + 0.5 * math.log(1 + 255 * 2.0**-12)
+        assert abs(float(clipping.log_row_norms(rows)[0]) - want) < 2.0**-13

@@ -168,3 +168,22 @@ def test_fsdp_by_hand_gathers_parameters_and_scatters_the_sum():
     w = jnp.full((8, 2), 0.1)
     want = np.asarray(jax.jit(clipping.clipped_grad(_loss, clip_norm=1.0))(w, x).tree, np.float64)
     assert common.distance(jax.jit(run)(w, x), [want]) <= 2.0**-16 * common.length([want])
+
+
+def test_psum_refuses_a_sum_that_is_the_same_on_all_shards():
+    def summed(times, w, x):
+        made = clipping.clipped_grad(_loss, clip_norm=1.0)(w, x)
+        for _ in range(times):
+            made = made.psum("data")
+        return made.tree
+
+    w, x = jnp.ones((3, 2)), jnp.ones((16, 3))
+    for times, spec in ((2, P("data")), (1, P())):
+        run = jax.shard_map(
+            lambda w, x, times=times: summed(times, w, x),
+            mesh=MESH,
+            in_specs=(P(), spec),
+            out_specs=P(),
+        )
+        with pytest.raises(ValueError, match="differs between the shards"):
+            jax.jit(run)(w, x)

@@ -16,7 +16,8 @@ from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpfa_jax import accounting, optim
+import dpfa_jax
+from dpfa_jax import accounting, clipping, optim
 from tests.optim_common import COORDINATES, PARAMS, SAMPLER, certificate, private, stepper
 
 STEP = SAMPLER.event(2.0, COORDINATES, 64)
@@ -366,3 +367,23 @@ def test_linen_parameters_are_a_tree_like_any_other():
     after, state = stepper(tx)(params, tx.init(params), zeros)
     assert not _equal(after, params)
     assert optim.event(state) == accounting.Repeated(SAMPLER.event(2.0, 9, 64), 1)
+
+
+def test_privatize_refuses_units_that_its_sampler_does_not_draw():
+    params, rows = jnp.zeros(2), jnp.ones((4, 2))
+    sampler = dpfa_jax.sampling.Poisson(records=100, sampling_rate=0.1)
+
+    def loss(w, x):
+        return jnp.sum(w * x)
+
+    by_row = clipping.clipped_grad(loss, clip_norm=1.0)(params, rows)
+    shared = clipping.clipped_grad(loss, clip_norm=1.0, unit=2)
+    by_unit = shared(params, rows, unit_ids=jnp.array([0, 0, 1, 1]))
+    for unit, right, wrong in (("example", by_row, by_unit), ("unit", by_unit, by_row)):
+        tx = optim.privatize(
+            noise_multiplier=1.0, sampling=sampler, rng=jax.random.key(0), unit=unit
+        )
+        state = tx.init(params)
+        assert tx.update(right.tree, state, params, clipped=right)[0].shape == (2,)
+        with pytest.raises(ValueError, match="clipped by"):
+            tx.update(wrong.tree, state, params, clipped=wrong)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpfa_jax import _check
+from dpfa_jax import _check, _primitives
 from dpfa_jax.adjacency import Adjacency
 
 
@@ -110,8 +110,20 @@ class Clipped:
 
         Args:
           axis_name: of the mesh axis or axes, as `jax.lax.psum` takes it.
+
+        Raises:
+          ValueError: if the sum is the same on all shards of an axis: added up there before, or of
+            rows that every shard has. Its units would count once for each shard.
         """
         names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        for name in names:
+            tracked = name in _primitives.varying(jax.lax.axis_index(name))
+            leaves = jax.tree.leaves(self.tree)
+            if tracked and not any(name in _primitives.varying(leaf) for leaf in leaves):
+                raise ValueError(
+                    f"Expected a sum that differs between the shards of {name!r}, got one that is "
+                    "the same on all of them. Call psum once, and give every shard rows of its own."
+                )
         total = jax.lax.psum((self.tree, self.examples, self.clipped, self.nonfinite), names)
         norm = self.traced_clip_norm
         if norm is not None and jax.typeof(norm).manual_axis_type.varying & set(names):

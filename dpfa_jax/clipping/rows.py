@@ -61,7 +61,7 @@ def log_row_norms(rows: jax.Array) -> jax.Array:
     zero = largest == 0
     # Powers of two, not 1/largest: XLA divides by multiplying with a reciprocal, which for 3e38 is
     # a denormal number that it flushes to zero, and the norm of a huge row would come out as 0.
-    power = jnp.where(largest > 2.0**60, -100, jnp.where(largest < 2.0**-60, 100, 0))
+    power = jnp.where(largest > 2.0**50, -100, jnp.where(largest < 2.0**-50, 100, 0))
     unit = jnp.where(power < 0, 2.0**-100, jnp.where(power > 0, 2.0**100, 1.0)).astype(dtype)
     square = stable_sum(jnp.square(rows * unit[..., None]))
     log_norm = 0.5 * jnp.log(jnp.where(zero, 1.0, square)) - power.astype(dtype) * math.log(2.0)

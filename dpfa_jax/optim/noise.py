@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpfa_jax import _primitives, random, sampling
+from dpfa_jax import _check, _primitives, random, sampling
 from dpfa_jax.clipping import Clipped
 from dpfa_jax.doubleword import grid_step, to_grid
 from dpfa_jax.optim import account, plan
@@ -28,6 +28,7 @@ def privatize(
     sampling: sampling.Sampler,
     rng: Any,
     target: tuple[float, float] | None = None,
+    unit: str = "example",
 ) -> optax.GradientTransformationExtraArgs:
     """Noise for clipped sums, as the first transformation of an optax chain.
 
@@ -55,6 +56,9 @@ def privatize(
       target: (ε, δ) of the whole run, or None. A step that would go beyond it gives zeros, draws on
         no data and costs nothing. With a constant multiplier the number of steps is fixed
         beforehand; with a schedule a filter at one Rényi order decides.
+      unit: what one record of the sampler is. "example": one row of the batch. "unit": all rows of
+        one person, who is drawn as a whole, and for certificates made with unit ids only. A sampler
+        of rows draws somebody with many rows more often than it is charged for.
 
     Returns:
       A transformation whose state is a `PrivateState`; read ε with `optim.epsilon`.
@@ -83,6 +87,7 @@ def privatize(
     data = account.first_key_data(random.key_data(rng))
     goal = plan.Target.of(target)
     plan.make(noise_multiplier, sampler, 1, goal)
+    _check.choice("unit", unit, ("example", "unit"))
 
     def plan_for(tree: Any) -> plan.Plan:
         size = sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
@@ -103,6 +108,12 @@ def privatize(
     ) -> tuple[Any, account.PrivateState]:
         del params, extra_args
         certificate = check_certificate(updates, clipped)
+        if certificate.unit != unit:
+            raise ValueError(
+                f"Expected a certificate whose contributions are clipped by {unit}, got one by "
+                f"{certificate.unit}. With unit ids the sampler must draw whole units: say so with "
+                'privatize(unit="unit"), or clip every row by itself.'
+            )
         _check_state(state)
         own = plan_for(updates)
         accountant, go, multiplier = own.spend(state.accountant)

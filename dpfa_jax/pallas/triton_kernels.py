@@ -224,7 +224,7 @@ def _bounded(ratio, bound):
     if bound is None:
         return ratio, jnp.ones(ratio.shape[:1], jnp.float32)
     largest = jnp.max(jnp.abs(ratio), axis=1)
-    unit = jnp.where(largest > 2.0**60, 2.0**-100, jnp.where(largest < 2.0**-60, 2.0**100, 1.0))
+    unit = jnp.where(largest > 2.0**50, 2.0**-100, jnp.where(largest < 2.0**-50, 2.0**100, 1.0))
     scaled = ratio * unit[:, None]
     square = jnp.maximum(jnp.sum(scaled * scaled, axis=1), 2.0**-120)
     factor = jnp.minimum(1.0, (bound * unit) / jnp.sqrt(square))

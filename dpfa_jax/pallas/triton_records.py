@@ -34,7 +34,7 @@ def _log_norms(rows: jax.Array, largest: jax.Array) -> jax.Array:
     `clipping.log_row_norms`.
     """
     size = lax.bitcast_convert_type(largest, jnp.float32)
-    power = jnp.where(size > 2.0**60, -100.0, jnp.where(size < 2.0**-60, 100.0, 0.0))
+    power = jnp.where(size > 2.0**50, -100.0, jnp.where(size < 2.0**-50, 100.0, 0.0))
     unit = jnp.where(power < 0, 2.0**-100, jnp.where(power > 0, 2.0**100, 1.0))
     scaled = rows * unit[:, None]
     square = jnp.sum(scaled * scaled, axis=1)
