@@ -155,8 +155,8 @@ def private_attention(
     with one key releases twice under the same noise, whose difference is exact: split keys. A key
     that a jitted function or a scan closes over would do that at every call, and is refused.
 
-    On GPUs a memory with rows that are not finite is answered by a second kernel: that there are
-    such rows, not which, shows in the timing.
+    Backend "triton" answers a memory with rows that are not finite by a second kernel: that there
+    are such rows, not which, shows in the timing.
 
     Args:
       query: (B, T, N, H) in float32, bfloat16 or float16.
