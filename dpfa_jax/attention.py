@@ -78,11 +78,11 @@ def _attend_backward(backend, spec, process, saved, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _is_preferred(backend: str) -> bool:
+def _is_preferred(backend: str, keys: int) -> bool:
     """Whether "auto" looks at a backend: kernels only where they are compiled, for a GPU."""
     if backend == "xla":
         return True
-    return jax.default_backend() == "gpu" and _module(backend).preferred()
+    return jax.default_backend() == "gpu" and _module(backend).preferred(keys)
 
 
 def _backend(name: str, operands: Operands, spec: Spec) -> str:
@@ -91,7 +91,8 @@ def _backend(name: str, operands: Operands, spec: Spec) -> str:
         return next(
             kind
             for kind in BACKENDS
-            if _is_preferred(kind) and _module(kind).supports(operands, spec) is None
+            if _is_preferred(kind, operands.key.shape[1])
+            and _module(kind).supports(operands, spec) is None
         )
     if name not in BACKENDS:
         raise NotImplementedError(

@@ -92,7 +92,7 @@ def test_column_squares_lowers_for_cuda_without_a_gpu():
 
 
 def test_supports_refuses_where_it_is_not_compiled():
-    assert not mosaic_gpu.preferred()
+    assert not mosaic_gpu.preferred(4096)
     reason = mosaic_gpu.supports(_operands(), _spec(NOISY))
     assert reason is not None and "9.0" in reason
 

@@ -20,6 +20,7 @@ from dpfa_jax.pallas.accumulators import rounding as rounding
 from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratch
 from dpfa_jax.pallas.triton import backward as backward
 
+_FASTER_FROM = 2048  # keys
 _PROGRAMS = 132
 """Multiprocessors of an H100 or H200; on fewer, blocks of the grid wait their turn."""
 
@@ -31,7 +32,7 @@ def supports(operands: Operands, spec: Spec) -> str | None:
       operands: the call's arrays, or their shapes.
       spec: the static description, of which the noise need not be set yet.
     """
-    if not preferred():
+    if not _has_hopper():
         return "it needs a GPU of compute capability 9.0 and is not interpreted elsewhere"
     return triton.supports(operands, spec) or lacking(operands, spec)
 
@@ -53,8 +54,17 @@ def lacking(operands: Operands, spec: Spec) -> str | None:
     return None
 
 
-def preferred() -> bool:
-    """Whether the default device is an NVIDIA GPU that these kernels run on."""
+def preferred(keys: int) -> bool:
+    """Whether these kernels run on the default device, and faster than Triton's.
+
+    Args:
+      keys: rows of one memory. On an H200 Triton was faster on all shapes up to 2048 of them, and
+        slower from 4096 on (experiments/attention_speed.py).
+    """
+    return _has_hopper() and keys > _FASTER_FROM
+
+
+def _has_hopper() -> bool:
     if jax.default_backend() != "gpu":
         return False
     return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
