@@ -45,6 +45,10 @@ VARIANTS = {
     "shared memory": Variant(shape=(2, 32, 2, 2, 63, 8, 8), memories=1),
     "causal": Variant(shape=(1, 100, 2, 2, 100, 16, 16), memories=1, spec=(("is_causal", True),)),
     "window": Variant(shape=(1, 127, 1, 1, 100, 8, 8), memories=1, spec=(("window", (40, 9)),)),
+    # More keys than one accumulator takes, which some blocks of queries begin in its middle.
+    "groups of keys": Variant(
+        shape=(1, 340, 1, 1, 600, 8, 8), memories=1, spec=(("window", (40, 400)),)
+    ),
     "masks": Variant(
         shape=(2, 40, 4, 2, 70, 12, 8),
         # Queries that see nothing have no direction to be projected along.
