@@ -42,6 +42,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from dpfa_jax import _check
+from dpfa_jax.box_muller import normal_pair as normal_pair
+from dpfa_jax.box_muller import wide_pair as wide_pair
 
 ROUNDS = 8
 """Rounds of the generator, used everywhere. The best published attacks reach 7 of them."""
@@ -128,60 +130,6 @@ def _rolled_block(initial: Words, rounds: int) -> Words:
     return tuple(a + b for a, b in zip(state, initial, strict=True))
 
 
-def normal_pair(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two float32 standard normals from two uint32 words: 40 bits of radius, 24 of angle.
-
-    The radius is √(−2 ln u), u = (n + ½)/2⁴⁰ with n = first·2⁸ + (second >> 24), computed from the
-    smaller of u and 1 − u. Otherwise float32 rounds every u > 1 − 2⁻²⁵ to 1, and with probability
-    2⁻²⁵ a pair gets no noise at all.
-
-    Args:
-      first: uint32 words.
-      second: uint32 words of the same shape.
-
-    Returns:
-      Two float32 arrays of that shape, within 2⁻¹⁸ of the radius of the real-valued map.
-
-    Source: Box and Muller 1958.
-    """
-    upper = lax.shift_right_arithmetic(lax.bitcast_convert_type(first, jnp.int32), jnp.int32(31))
-    flip = lax.bitcast_convert_type(upper, jnp.uint32)  # all ones where u > 1/2
-    high = lax.bitcast_convert_type(first ^ flip, jnp.int32)
-    low = lax.bitcast_convert_type((second ^ flip) >> 24, jnp.int32)
-    small = (high.astype(jnp.float32) * 256.0 + (low.astype(jnp.float32) + 0.5)) * 2.0**-40
-    return _polar(small, upper != 0, second << 8)
-
-
-def _polar(small: jax.Array, flipped: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The pair at radius √(−2 ln u), u = 1 − small where flipped, and turn's top 24 bits."""
-    # −ln(1 − x) by its series where log(1 − x) would lose the digits of x: x < 1/64.
-    series = small * (1.0 + small * (0.5 + small * (1.0 / 3.0 + small * 0.25)))
-    logarithm = -jnp.log(jnp.where(flipped, 1.0 - small, small))
-    radius = jnp.sqrt(2.0 * jnp.where(flipped & (small < 1.0 / 64.0), series, logarithm))
-    turn = lax.shift_right_arithmetic(lax.bitcast_convert_type(turn, jnp.int32), jnp.int32(8))
-    # i + ½ with −2²³ ≤ i < 2²³ is exact in float32; an unsigned angle would round its last bit.
-    angle = (turn.astype(jnp.float32) + 0.5) * (2.0 * math.pi / 2.0**24)
-    return radius * jnp.cos(angle), radius * jnp.sin(angle)
-
-
-def wide_pair(first: jax.Array, second: jax.Array, third: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`normal_pair` with 64 bits of radius, u = (first·2³² + second + ½)/2⁶⁴, 24 bits of angle.
-
-    Args:
-      first, second: uint32 words of the radius.
-      third: uint32 words of the angle; their last 8 bits are not used.
-
-    Returns:
-      Two float32 arrays of that shape, within 2⁻¹⁸ of the radius of the real-valued map.
-    """
-    flip = lax.bitcast_convert_type(
-        lax.shift_right_arithmetic(lax.bitcast_convert_type(first, jnp.int32), jnp.int32(31)),
-        jnp.uint32,
-    )
-    high, low = (first ^ flip).astype(jnp.float32), (second ^ flip).astype(jnp.float32)
-    return _polar(high * 2.0**-32 + (low + 0.5) * 2.0**-64, flip != 0, third)
-
-
 def _key_words(data: jax.Array) -> Words:
     return tuple(data[..., i] for i in range(8))
 
@@ -249,13 +197,20 @@ def row_normals(data: jax.Array, batch: ArrayLike, head: ArrayLike, rows: int) -
     return noise.reshape(*noise.shape[:-3], 16 * blocks)[..., :rows]
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _wide_normals(data: jax.Array, size: int) -> jax.Array:
-    """Normals 0 to size − 1 of the wide noise: block b holds the pairs from normal 10b on."""
-    block = jnp.arange(-(-size // 10), dtype=jnp.uint32)
+@jax.jit
+def wide_normals(data: jax.Array, block: jax.Array) -> jax.Array:
+    """Blocks of the wide noise: block b holds its normals 10b to 10b + 9.
+
+    Args:
+      data: uint32[8] key data (`key_data`).
+      block: uint32 numbers of blocks, any shape.
+
+    Returns:
+      float32 array with one more axis of length 10.
+    """
     words = chacha_block(_key_words(data), _address(block, 0, 0, _WIDE))
     pairs = [jnp.stack(wide_pair(*words[3 * j : 3 * j + 3]), -1) for j in range(5)]
-    return jnp.stack(pairs, -2).reshape(-1)[:size]
+    return jnp.stack(pairs, -2).reshape(*block.shape, 10)
 
 
 def _first_words(words: Words) -> jax.Array:
@@ -489,7 +444,9 @@ def normal(
     if radius_bits == WIDE_RADIUS_BITS:
         if math.prod(shape) >= 1 << 32:
             raise ValueError(f"Expected fewer than 2**32 wide normals a key, got shape {shape}.")
-        return _wide_normals(key_data(rng), math.prod(shape)).reshape(shape).astype(dtype)
+        size = math.prod(shape)
+        drawn = wide_normals(key_data(rng), jnp.arange(-(-size // 10), dtype=jnp.uint32))
+        return drawn.reshape(-1)[:size].reshape(shape).astype(dtype)
     *lead, rows, columns = (1,) * (2 - len(shape)) + shape
     batches = math.prod(lead)
     if batches >= 1 << 32 or rows >= 1 << 32:
