@@ -18,7 +18,7 @@ from dpfa_jax import random, reference
 from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.pallas import triton
 from tests import test_audit, test_triton
-from tests.pallas import suite
+from tests.pallas import fuzz, suite
 
 pytestmark = pytest.mark.gpu
 
@@ -65,92 +65,43 @@ def test_kernel_noise_is_that_of_the_cpu(width):
     assert np.max(np.abs(ours - want)) < 2.0**-12
 
 
-def _fuzz_case(seed):
-    """A random call: operands, spec and cotangent."""
-    source = np.random.default_rng(seed)
-
-    def pick(*options):
-        return options[source.integers(len(options))]
-
-    batch, kv_heads, group = source.integers(1, 4), source.integers(1, 4), pick(1, 1, 2, 3)
-    queries = int(pick(1, 16, 64, 128, source.integers(1, 300)))
-    keys = int(pick(queries, 1, 64, source.integers(1, 300), source.integers(300, 1500)))
-    width, value_width = (8 * int(pick(8, 16, source.integers(1, 33))) for _ in range(2))
-    value_width = pick(width, value_width)
-    memories = pick(batch, 1)
-    heads = kv_heads * group
-    dtype = pick("bfloat16", "float16", "float32")
-    query, key, value, cotangent = (
-        jnp.asarray(source.normal(size=shape), dtype)
-        for shape in (
-            (batch, queries, heads, width),
-            (memories, keys, kv_heads, width),
-            (memories, keys, kv_heads, value_width),
-            (batch, queries, heads, value_width),
-        )
-    )
-    weights = -source.exponential(size=(memories, keys, kv_heads)).astype(np.float32)
-    weights[source.random(weights.shape) < 0.1] = -np.inf
-    extra = {}
-    if source.random() < 0.2:
-        shape = (pick(1, batch), pick(1, heads), pick(1, queries), keys)
-        extra["mask"] = jnp.asarray(source.random(shape) < 0.8)
-    if source.random() < 0.2:
-        extra["query_segments"] = jnp.asarray(source.integers(0, 3, (batch, queries)), jnp.int32)
-        extra["key_segments"] = jnp.asarray(source.integers(0, 3, (memories, keys)), jnp.int32)
-    if source.random() < 0.2:
-        extra["key_lengths"] = jnp.asarray(source.integers(0, keys + 1, batch), jnp.int32)
-    noise = pick("none", "sums", "sums", "rows")
-    capped = noise == "sums" or pick(True, False)
-    spec = Spec(
-        scale=width**-0.5,
-        score_cap=float(source.uniform(0, 3)) if capped else None,
-        is_causal=pick(True, False),
-        window=pick(None, None, (int(source.integers(0, 100)), int(source.integers(0, 100)))),
-        noise=noise,
-        noise_std=0.01,
-        denominator_std=pick(0.01, float("inf")) if noise == "sums" else 0.0,
-        # Denominators that lie on one side of it in one format, on the other in another, are rare.
-        floor=0.05 if capped else 1e-30,
-        row_clip=1.0 if noise == "rows" else None,
-    )
-    operands = Operands(
-        query, key, value, jnp.asarray(weights), noise_key=jnp.asarray(suite.KEY_DATA), **extra
-    )
-    return operands, spec, cotangent
-
-
 def _all(module, spec, operands, cotangent):
     out, residuals = module.forward(operands, spec)
     return (out, *module.backward(operands, spec, residuals, cotangent)[:4])
 
 
+@functools.cache
+def _unit_noise():
+    return tuple(
+        map(np.asarray, reference.noise_field(jnp.asarray(suite.KEY_DATA), **fuzz.LARGEST))
+    )
+
+
 def _distance(seed):
-    """The largest distance of an answer or gradient from the reference's, in what is allowed."""
-    operands, spec, cotangent = _fuzz_case(seed)
+    """The largest distance of an answer or gradient from the definition's, in what is allowed."""
+    operands, spec, cotangent = fuzz.case(seed)
     readers = operands.query.shape[1] * operands.query.shape[2] // operands.key.shape[2]
-    found = [
-        jax.jit(functools.partial(_all, module, spec))(operands, cotangent)
-        for module in (triton, reference)
-    ]
+    given = operands, jnp.asarray(cotangent, operands.query.dtype)
+    found = jax.jit(functools.partial(_all, triton, spec))(*given)
+    expected = fuzz.definition(operands, spec, cotangent, _unit_noise())
     allowed = ALLOWED[str(operands.key.dtype)]
     ratios = []
-    for ours, want in zip(*found, strict=True):
-        ours, want = np.asarray(ours, np.float64), np.asarray(want, np.float64)
+    for ours, want in zip(found, expected, strict=True):
         # Where every gradient is 0, as with a single key, what is left is the rounding of as many
         # terms of size 1 as there are queries.
         scale = np.linalg.norm(want) + 0.05 * np.sqrt(want.size * readers)
-        ratios.append(np.linalg.norm(ours - want) / scale / allowed)
+        ratios.append(np.linalg.norm(np.asarray(ours, np.float64) - want) / scale / allowed)
     return np.nan_to_num(np.max(ratios), nan=np.inf)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_calls_equal_the_reference(part):
+    _unit_noise()
     seeds = range(part * SHAPES // PARTS, (part + 1) * SHAPES // PARTS)
     with concurrent.futures.ThreadPoolExecutor(14) as pool:
         distances = dict(zip(seeds, pool.map(_distance, seeds), strict=True))
     wrong = {seed: round(float(d), 2) for seed, d in distances.items() if not d <= 1}
-    assert not wrong, f"seeds of _fuzz_case and how far they are off: {wrong}"
+    assert not wrong, f"seeds of fuzz.case and how far they are off: {wrong}"
 
 
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
