@@ -20,7 +20,7 @@ def certificate(tree, clip_norm=1.0):
         if isinstance(clip_norm, jax.Array)
         else {"static_clip_norm": clip_norm}
     )
-    return Clipped(tree, count, count, count, **norms)
+    return Clipped(tree, count, count, count, units=16, **norms)
 
 
 def private(noise_multiplier=2.0, *, seed=0, sampler=SAMPLER, target=None):

@@ -25,14 +25,14 @@ LAYERS = (
     "adjacency random",
     "_primitives doubleword pallas.mosaic_gpu_registers",
     # layer 1, its packages from the inside out
-    "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.certificate"
+    "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.partition"
     " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks"
     " pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise pallas.mosaic_gpu_plan",
-    "accounting.convert accounting.subsample accounting.groups auditing clipping.groups"
+    "accounting.convert accounting.subsample accounting.groups auditing clipping.certificate"
     " clipping._batch per_example.plan per_example.rules"
     " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels pallas.accumulators",
-    "pallas.triton_gradients pallas.triton_calls clipping.bounded",
-    "per_example.evaluate clipping.adaptive",
+    "pallas.triton_gradients pallas.triton_calls clipping.groups clipping.adaptive",
+    "per_example.evaluate clipping.bounded",
     "per_example",
     "clipping.two_pass",
     "clipping.one_pass",
@@ -53,7 +53,7 @@ LAYERS = (
     "memory.gaussian_process memory.random_features memory.filtered",
     "memory _flax",
     "linen nnx optim.account monitoring planning",
-    "optim.plan",
+    "optim.plan optim.words",
     "optim.noise",
     "optim.accumulation",
     "optim",

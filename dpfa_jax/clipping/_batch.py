@@ -151,8 +151,8 @@ def own_shard(batch: Batch, mask: jax.Array, ids: jax.Array | None) -> tuple[Bat
         if sharded:
             raise NotImplementedError(
                 f"Expected parameters that are equal on all shards, got ones that vary over "
-                f"{sorted(sharded)}. Gather them outside clipped_grad (jax.lax.all_gather), and "
-                "slice the sum of the shards' trees."
+                f"{sorted(sharded)}. Gather them outside clipped_grad (clipping.gather), so that "
+                "the norm of the whole gradient is clipped, and give the PartitionSpecs to psum."
             )
     params = vary_over(jax.tree.map(jnp.asarray, batch.params), axes)
     public = [

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dpfa_jax import _check, _primitives
 from dpfa_jax.adjacency import Adjacency
+from dpfa_jax.clipping import partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Clipped:
       groups: the parts that were clipped by themselves, one for all where there is no other.
       unit: whose contribution is bounded: "example", or "unit" where rows share unit ids.
       method: how the sum was computed.
+      units: how many units the sum may hold at most, public: rows, or slots of unit ids, of all
+        shards that were added up; None where nobody said.
+      split: for a sum that is in parts on the shards of a mesh, the mesh axes that cut each
+        dimension of each leaf; None where every shard has the whole.
     """
 
     tree: Any
@@ -64,6 +69,10 @@ class Clipped:
     groups: tuple[Group, ...] = dataclasses.field(default=(), metadata=dict(static=True))
     unit: str = dataclasses.field(default="example", metadata=dict(static=True))
     method: str = dataclasses.field(default="vmap", metadata=dict(static=True))
+    units: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    split: tuple[partition.Axes, ...] | None = dataclasses.field(
+        default=None, metadata=dict(static=True)
+    )
 
     @property
     def clip_norm(self) -> Any:
@@ -105,17 +114,28 @@ class Clipped:
         factor = 2 if adjacency.kind == "REPLACE_ONE" else adjacency.rows
         return factor * self.clip_norm
 
-    def psum(self, axis_name: str | Sequence[str]) -> "Clipped":
+    def psum(self, axis_name: str | Sequence[str], partition_specs: Any = None) -> "Clipped":
         """The sum over the shards of a mesh axis, every unit being on one shard only.
 
         Args:
           axis_name: of the mesh axis or axes, as `jax.lax.psum` takes it.
+          partition_specs: a prefix tree of PartitionSpecs where parameters are in parts: each shard
+            then gets its part of the sum (a reduce-scatter). None: all shards get the whole.
 
         Raises:
           ValueError: if the sum is the same on all shards of an axis: added up there before, or of
-            rows that every shard has. Its units would count once for each shard.
+            rows that every shard has. Its units would count once for each shard. Also for parts,
+            which may not be added to each other, and for specs that do not fit.
+
+        Guarantee: CL1 (certificate.md), CL10 (partition.md).
         """
         names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        cut = frozenset().union(*(partition.names_of(axes) for axes in self.split or ()))
+        if cut & set(names) or (self.split is not None and partition_specs is not None):
+            raise ValueError(
+                f"Expected whole sums, got parts along {sorted(cut)}: added up, different "
+                "parameters would meet. Call psum once, with all axes and partition_specs."
+            )
         for name in names:
             tracked = name in _primitives.varying(jax.lax.axis_index(name))
             leaves = jax.tree.leaves(self.tree)
@@ -124,11 +144,19 @@ class Clipped:
                     f"Expected a sum that differs between the shards of {name!r}, got one that is "
                     "the same on all of them. Call psum once, and give every shard rows of its own."
                 )
-        total = jax.lax.psum((self.tree, self.examples, self.clipped, self.nonfinite), names)
+        split = self.split
+        if partition_specs is None:
+            tree = jax.lax.psum(self.tree, names)
+        else:
+            split = partition.split_axes(self.tree, partition_specs)
+            tree = partition.sum_parts(self.tree, names, split)
+            split = split if any(map(partition.names_of, split)) else None
+        counts = jax.lax.psum((self.examples, self.clipped, self.nonfinite), names)
         norm = self.traced_clip_norm
         if norm is not None and jax.typeof(norm).manual_axis_type.varying & set(names):
             norm = jax.lax.pmax(norm, names)
-        tree, examples, clipped, nonfinite = total
+        examples, clipped, nonfinite = counts
+        shards = math.prod(jax.lax.axis_size(name) for name in names)
         return dataclasses.replace(
             self,
             tree=tree,
@@ -136,6 +164,8 @@ class Clipped:
             clipped=clipped,
             nonfinite=nonfinite,
             traced_clip_norm=norm,
+            units=None if self.units is None else self.units * shards,
+            split=split,
         )
 
 

@@ -142,6 +142,7 @@ def clipped_grad(
             groups=groups.public(),
             unit="example" if unit is None else "unit",
             method=chosen,
+            units=batch.size if unit is None else unit,
         )
         return (clipped, jax.tree.unflatten(row.aux_tree, aux)) if has_aux else clipped
 

@@ -14,12 +14,11 @@ import numpy as np
 import optax
 
 from dpfa_jax import _check, _primitives, random, sampling
-from dpfa_jax.clipping import Clipped
+from dpfa_jax.clipping import Clipped, partition
 from dpfa_jax.doubleword import grid_step, to_grid
-from dpfa_jax.optim import account, plan
+from dpfa_jax.optim import account, plan, words
 
 _GRID_BITS = 10
-_SMALL = 1 << 20  # scalars
 
 
 def privatize(
@@ -29,6 +28,7 @@ def privatize(
     rng: Any,
     target: tuple[float, float] | None = None,
     unit: str = "example",
+    partition_specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Noise for clipped sums, as the first transformation of an optax chain.
 
@@ -39,8 +39,9 @@ def privatize(
     which everything after it in the chain may do what it likes.
 
     The certificate's sum must be over all devices: inside `shard_map` call `c.psum(axis)` first;
-    all devices then add the same noise. Parameters that differ between shards of a manual mesh are
-    refused; under plain jit any sharding is right.
+    all devices then add the same noise. Where parameters are in parts on the shards of a manual
+    mesh, give `partition_specs` here, to `clipping.gather` and to `c.psum`: every shard then adds
+    the part of that noise that belongs to its parameters. Under plain jit any sharding is right.
 
     Do not wrap it: `optax.MultiSteps`, `apply_if_finite`, `conditionally_transform` and `masked`
     around it are refused where tracing shows them (use `optim.accumulate`; mask what comes after).
@@ -59,6 +60,9 @@ def privatize(
       unit: what one record of the sampler is. "example": one row of the batch. "unit": all rows of
         one person, who is drawn as a whole, and for certificates made with unit ids only. A sampler
         of rows draws somebody with many rows more often than it is charged for.
+      partition_specs: a prefix tree of the parameters with PartitionSpecs, those that they have in
+        the in_specs of `shard_map`; None: whole on every shard. Outside `shard_map` they change
+        nothing.
 
     Returns:
       A transformation whose state is a `PrivateState`; read ε with `optim.epsilon`.
@@ -68,7 +72,7 @@ def privatize(
       ValueError: for NaN or numbers out of range, here or, for what depends on the parameters, in
         `init` and `update`.
 
-    Guarantee: O1, O5 (plan.md), O2 (account.md), O3 (noise.md).
+    Guarantee: O1, O5 (plan.md), O2 (account.md), O3 (noise.md), O6 (words.md).
 
     Example:
       >>> from dpfa_jax import clipping
@@ -89,13 +93,17 @@ def privatize(
     plan.make(noise_multiplier, sampler, 1, goal)
     _check.choice("unit", unit, ("example", "unit"))
 
-    def plan_for(tree: Any) -> plan.Plan:
-        size = sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
+    def plan_for(tree: Any, split: tuple[partition.Axes, ...]) -> plan.Plan:
+        pairs = zip(jax.tree.leaves(tree), split, strict=True)
+        size = sum(math.prod(partition.whole_shape(jnp.shape(leaf), axes)) for leaf, axes in pairs)
         return plan.make(noise_multiplier, sampler, size, goal)
 
     def init(params: Any) -> account.PrivateState:
         refuse_masked(params)
-        accountant = plan_for(params).create()
+        split = partition.split_axes(params, partition_specs)
+        for leaf, axes in zip(jax.tree.leaves(params), split, strict=True):
+            partition.check_parts(leaf, axes)
+        accountant = plan_for(params, split).create()
         return account.PrivateState(data, accountant, jnp.asarray(account.plan_of(accountant)))
 
     def update(
@@ -106,7 +114,7 @@ def privatize(
         clipped: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, account.PrivateState]:
-        del params, extra_args
+        del extra_args
         certificate = check_certificate(updates, clipped)
         if certificate.unit != unit:
             raise ValueError(
@@ -114,13 +122,15 @@ def privatize(
                 f"{certificate.unit}. With unit ids the sampler must draw whole units: say so with "
                 'privatize(unit="unit"), or clip every row by itself.'
             )
+        split = partition.split_axes(updates, partition_specs)
+        _check_split(certificate, split, params)
         _check_state(state)
-        own = plan_for(updates)
+        own = plan_for(updates, split)
         accountant, go, multiplier = own.spend(state.accountant)
         same = jnp.all(jnp.asarray(state.plan) == account.plan_of(state.accountant))
         following, key = _next_keys(state.key_data)
         noise_std = multiplier * certificate.sensitivity(sampler.adjacency)
-        noisy = add_noise(updates, key, noise_std, own.event)
+        noisy = add_noise(updates, key, noise_std, own.event, split)
         inverse = 1.0 / sampler.expected_batch_size
 
         def finish(leaf):
@@ -203,11 +213,17 @@ def check_certificate(updates: Any, clipped: Any) -> Clipped:
                 "conditionally_transform, lax.cond) or a loop would take its account and its key "
                 "back or add the same noise again. Pass it as an argument, and privatize outside."
             )
-    _check_mesh((*given, clipped.traced_clip_norm))
+    _check_mesh(clipped)
     return clipped
 
 
-def _check_mesh(values: tuple[Any, ...]) -> None:
+def _check_mesh(clipped: Clipped) -> None:
+    """An error unless every shard has the sum over all shards, or its part of it."""
+    leaves = jax.tree.leaves(clipped.tree)
+    split = clipped.split or tuple(((),) * leaf.ndim for leaf in leaves)
+    norm = clipped.traced_clip_norm
+    norms = [] if norm is None else [(norm, frozenset())]
+    values = [*zip(leaves, map(partition.names_of, split), strict=True), *norms]
     for name in _primitives.manual_axes():
         if name not in _primitives.varying(jax.lax.axis_index(name)):
             raise ValueError(
@@ -215,21 +231,51 @@ def _check_mesh(values: tuple[Any, ...]) -> None:
                 "check_vma=False (or pmap): nobody can tell there whether the sum is over all "
                 "shards. Use check_vma=True, the default, or call update outside of it."
             )
-        for value in values:
-            if value is not None and name in _primitives.varying(value):
+        for value, cut in values:
+            if name in _primitives.varying(value) and name not in cut:
                 raise ValueError(
                     f"Expected a sum over all shards, got one that differs along {name!r}. Call "
-                    f"c = c.psum({name!r}) first. Parameters that are sharded over it take noise "
-                    "outside of shard_map only, under plain jit."
+                    f"c = c.psum({name!r}) first. Parameters that are in parts along it need their "
+                    "PartitionSpecs: c.psum(axis, partition_specs) and "
+                    "privatize(partition_specs=...)."
                 )
+    for leaf, axes in zip(leaves, split, strict=True):
+        partition.check_parts(leaf, axes)
+
+
+def _check_split(clipped: Clipped, split: tuple[partition.Axes, ...], params: Any) -> None:
+    """An error unless the sum is cut as the transformation was told, and as the parameters are."""
+    whole = tuple(((),) * len(axes) for axes in split)
+    if split != (whole if clipped.split is None else clipped.split):
+        raise ValueError(
+            f"Expected a sum that is cut along the mesh axes {split}, a tuple for each leaf, as "
+            f"the partition_specs of privatize say, got {clipped.split}. Give the same specs to "
+            "c.psum(axis, partition_specs) and to privatize."
+        )
+    if params is None or clipped.split is None:
+        return
+    for own, part in zip(jax.tree.leaves(params), jax.tree.leaves(clipped.tree), strict=True):
+        given, expected = (jnp.shape(own), _primitives.varying(own)), _primitives.varying(part)
+        if given != (part.shape, expected):
+            raise ValueError(
+                f"Expected sums cut as their parameters are, got a part of shape {part.shape} "
+                f"along {sorted(expected)} for one of shape {given[0]} along {sorted(given[1])}. "
+                "Give the parameters' own specs of shard_map's in_specs."
+            )
 
 
 def _check_state(state: Any) -> None:
     if not isinstance(state, account.PrivateState):
         raise TypeError(f"Expected state to be a PrivateState, got {type(state).__name__}.")
+    data = jnp.asarray(state.key_data)
+    if _primitives.varying(data):
+        raise ValueError(
+            f"Expected one key for all shards, got one that differs along "
+            f"{sorted(_primitives.varying(data))}: each shard would publish the same sum with "
+            "noise of its own. Give the state the in_specs PartitionSpec()."
+        )
     _primitives.refuse_constant(
-        jnp.asarray(state.key_data),
-        "Pass the optimizer state as an argument (or carry it through the scan).",
+        data, "Pass the optimizer state as an argument (or carry it through the scan)."
     )
 
 
@@ -239,7 +285,13 @@ def _next_keys(data: Any) -> tuple[jax.Array, jax.Array]:
     return random.key_data(following), random.key_data(own)
 
 
-def add_noise(tree: Any, data: jax.Array, noise_std: Any, event: Any) -> Any:
+def add_noise(
+    tree: Any,
+    data: jax.Array,
+    noise_std: Any,
+    event: Any,
+    split: tuple[partition.Axes, ...] | None = None,
+) -> Any:
     """The float32 tree plus independent normals, on a public grid, marked as one release.
 
     Args:
@@ -247,6 +299,7 @@ def add_noise(tree: Any, data: jax.Array, noise_std: Any, event: Any) -> Any:
       data: uint32[8] key data of this step alone.
       noise_std: of every scalar: a float ≥ 0 (0: none is added), or a traced float32 scalar.
       event: what the release is charged as.
+      split: of `partition.split_axes` where the leaves are parts; None: they are whole.
 
     Returns:
       The noisy tree.
@@ -261,34 +314,13 @@ def add_noise(tree: Any, data: jax.Array, noise_std: Any, event: Any) -> Any:
     std, step = _noise_scale(noise_std)
     noisy = leaves
     if std is not None:
-        normals = _normals(data, [leaf.shape for leaf in leaves])
+        whole = tuple(((),) * leaf.ndim for leaf in leaves)
+        normals = words.normals(data, [leaf.shape for leaf in leaves], split or whole)
         noisy = [to_grid(a + std * b, step) for a, b in zip(leaves, normals, strict=True)]
-    # The tree is one release: marking every leaf would charge it again for each.
+    # The tree is one release on all shards: marking every leaf would charge it again for each.
     largest = max(range(len(noisy)), key=lambda index: noisy[index].size)
     noisy[largest] = _primitives.private_release(noisy[largest], event)
     return jax.tree.unflatten(structure, noisy)
-
-
-def _normals(data: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
-    """Normals for every leaf: large ones from a key of their own, small ones from one for them all.
-
-    Models have many small leaves, and every draw of its own costs a second of compiling.
-    """
-
-    def draw(index: int, shape: tuple[int, ...]) -> jax.Array:
-        key = random.wrap_key_data(random.fold_in_data(data, jnp.uint32(index)))
-        return random.normal(key, shape, radius_bits=plan.RADIUS_BITS)
-
-    sizes = [math.prod(shape) for shape in shapes]
-    shared = draw(len(shapes), (sum(size for size in sizes if size < _SMALL),))
-    normals, start = [], 0
-    for index, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
-        if size < _SMALL:
-            normals.append(shared[start : start + size].reshape(shape))
-            start += size
-        else:
-            normals.append(draw(index, shape))
-    return normals
 
 
 def _noise_scale(noise_std: Any) -> tuple[Any, Any]:
