@@ -96,6 +96,9 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 float16", "dpfa_forward_kernel"): 68,
     ("D128 float16", "dpfa_key_gradient_kernel"): 44,
     ("D64 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 16,
+    # Of the outer accumulator, at the end of a group of keys only.
+    ("D128 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 144,
+    ("D128 hopper float16", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 168,
     ("D128 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper window", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 20,
     ("D128 hopper window", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 264,

@@ -1,4 +1,4 @@
-"""What the rounding of the Hopper kernel's sums costs: groups of 512 keys in one accumulator."""
+"""What the rounding of the Hopper kernel's sums costs: few hundred keys in one accumulator."""
 
 import math
 
@@ -6,7 +6,10 @@ from dpfa_jax import _check
 from dpfa_jax.pallas.tiling import WEIGHT_ERROR, WEIGHT_ROUNDOFF
 
 GROUP_KEYS = 512
-"""Keys summed in one accumulator of the matrix unit before they join the outer sum."""
+"""Keys summed in one accumulator of the matrix unit before they join the outer sum, at most."""
+
+SHORTEST_GROUP = 480
+"""As many at least, where a group is full: five tiles of 96 keys, others fill 512."""
 
 LONGEST = 8192
 """Longest memory whose groups are joined in one float32 word; longer ones have no kernel."""
@@ -34,7 +37,7 @@ def sums_rounding(keys: int) -> float:
     keys = _check.integer("keys", keys, low=1, high=LONGEST)
     steps = -(-min(GROUP_KEYS, keys) // _STEP_KEYS)
     within = 2 * _STEP_ERROR * _STEP_KEYS * steps * (steps + 1) / 2
-    groups = -(-keys // GROUP_KEYS) + 1
+    groups = -(-keys // SHORTEST_GROUP) + 1
     partial = sum(min(k * GROUP_KEYS, keys) for k in range(2, groups + 1))
     return 1.01 * (within + 2 * _UNIT * partial)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -17,8 +18,13 @@ from dpfa_jax.pallas import mosaic_gpu_kernels as kernels
 from dpfa_jax.pallas import triton
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
 from dpfa_jax.pallas.accumulators import rounding as rounding
+from dpfa_jax.pallas.mosaic_gpu_gradients import backward as backward
 from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratch
-from dpfa_jax.pallas.triton import backward as backward
+from dpfa_jax.pallas.triton_records import record_log_weights as record_log_weights
+
+READS_ANY_ROWS = True
+"""Rows that are not finite are left out, given `record_log_weights`: a batch with such rows takes
+the branch of a `lax.cond` that copies."""
 
 _FASTER_FROM = 2048  # keys
 _PROGRAMS = 132
@@ -117,8 +123,11 @@ def _cut(operands: Operands, spec: Spec) -> Shape:
     if not noisy:
         return Shape(registers=(240, 24, 24))
     if width > 64 and spec.noise == "sums" and operands.key.shape[1] > GROUP_KEYS:
-        # Two accumulators at once leave room for narrow key tiles only.
-        return Shape(block_k=64, flush=8, stages=4, registers=(216, 24, 56))
+        # Two accumulators leave no room for 128 keys. With 96, part of the outer one waits in
+        # memory until a group of keys is full; masks would make that more than it saves.
+        if spec.is_causal or spec.window is not None or operands.key_segments is not None:
+            return Shape(block_k=64, flush=8, stages=4, registers=(216, 24, 56))
+        return Shape(block_k=96, flush=5, slots=1, noise="shared", registers=(216, 24, 56))
     if width <= 64:
         return Shape(noise="shared", slots=1)
     return Shape()
@@ -199,6 +208,32 @@ def forward(
       factors of the projection and running maxima.
     """
     shape = _cut(operands, spec) if shape is None else shape
+    if operands.flags is None:
+        return _forward(operands, spec, shape)
+    known = jnp.all(jnp.isfinite(operands.query), axis=-1)
+    lost = jnp.any(operands.flags != 0) | ~jnp.all(known)
+
+    def plain(operands, known):
+        del known
+        return _forward(operands, spec, shape)
+
+    def repaired(operands, known):
+        # The same kernel on copies, so that a record that is not finite changes no other's sums.
+        key, value = (jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)) for x in operands[1:3])
+        query = jnp.where(known[..., None], operands.query, jnp.zeros((), operands.query.dtype))
+        finite = operands._replace(query=query, key=key, value=value)
+        out, (clean, mass, factor, best) = _forward(finite, spec, shape)
+        if spec.mark_queries:
+            out = jnp.where(known[..., None], out, jnp.nan)
+        # As in the Triton kernels: gradients know such queries by this sign.
+        mark = 0.0 if spec.mark_queries else -factor
+        factor = jnp.where(jnp.swapaxes(known, 1, 2), factor, mark)
+        return out, (clean, mass, factor, best)
+
+    return lax.cond(lost, repaired, plain, operands, known)
+
+
+def _forward(operands: Operands, spec: Spec, shape: Shape) -> tuple[jax.Array, tuple]:
     plan, inputs = _plan(operands, spec, shape)
     if plan.noisy:
         inputs["noise_key"] = operands.noise_key

@@ -19,7 +19,7 @@ class Shape:
     """How the kernel is cut.
 
     Attributes:
-      block_k: keys of one tile, a multiple of 16.
+      block_k: keys of one tile, a multiple of 32.
       stages: tiles of keys and of values in shared memory.
       compute: warpgroups that compute.
       flush: key tiles of one accumulator.
@@ -127,14 +127,12 @@ class Plan:
 
     @property
     def edge(self) -> int:
-        """Key tiles on the diagonal of a query tile."""
+        """Key tiles on the diagonal of a query tile, at most."""
         if not self.spec.is_causal or self.spec.window is not None:
             return 0
-        return (
-            max(1, self.block_q // self.shape.block_k)
-            if not (self.block_q % self.shape.block_k and self.shape.block_k % self.block_q)
-            else 3
-        )
+        size, blocks = self.shape.block_k, self.query_blocks
+        starts = range(0, min(blocks, size) * self.block_q, self.block_q)
+        return max(-(-(start + self.block_q) // size) - start // size for start in starts)
 
     @property
     def online(self) -> bool:
