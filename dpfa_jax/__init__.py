@@ -14,6 +14,7 @@ from dpfa_jax.adjacency import ZERO_OUT as ZERO_OUT
 from dpfa_jax.adjacency import Adjacency as Adjacency
 from dpfa_jax.attention import private_attention as private_attention
 from dpfa_jax.attention import sampled_attention as sampled_attention
+from dpfa_jax.context import context_parallel_attention as context_parallel_attention
 from dpfa_jax.releases import ClippedContributions as ClippedContributions
 from dpfa_jax.releases import GaussianProcessNoise as GaussianProcessNoise
 from dpfa_jax.releases import IndependentNoise as IndependentNoise

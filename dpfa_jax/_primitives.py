@@ -1,4 +1,4 @@
-"""Three JAX primitives that keep noise, accounts and precision right under transformations.
+"""JAX primitives that keep noise, accounts and precision right under transformations.
 
 `stream_key`, on key data of shape (..., 8): the key of one call. Under `vmap` an unbatched key
 would give every example the same noise, and the difference of two outputs would cancel it. This
@@ -13,9 +13,11 @@ keys equals a loop over them.
 enough: `vmap` of a jitted function rewrites its jaxpr outside that context and JAX then truncates
 products to float32, with a warning, which for S5 is a broken guarantee. A primitive stays closed
 until it is lowered.
+
+`closed`: a computation that the types of mesh axes do not look into, for interpreted kernels.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -88,17 +90,20 @@ def vary_alike(*values: Any) -> tuple:
     return tuple(mark(value) for value in values)
 
 
-def stream_key(data: jax.Array, *operands: jax.Array) -> jax.Array:
+def stream_key(data: jax.Array, *operands: jax.Array, shared: Sequence[str] = ()) -> jax.Array:
     """Key data of this call: distinct for every vmapped example and every manual shard.
 
     Args:
       data: uint32[8] key data given by the caller.
       *operands: every array the call's output depends on.
+      shared: mesh axes whose shards make one call together, and so have one key.
 
     Returns:
       uint32[8] key data. Fold nothing into it again: backward passes take it from the residuals.
     """
     for name in manual_axes():
+        if name in shared:
+            continue
         index = jax.lax.axis_index(name)
         tracked = name in varying(index)
         # With varying axes tracked, operands that are equal on all shards are one call, not many.
@@ -162,15 +167,15 @@ def refuse_constant(value: jax.Array, advice: str) -> None:
 # private_release --------------------------------------------------------------------------------
 
 
-def _release_batch(operands, dims, *, event, count):
+def _release_batch(operands, dims, *, event, count, shared):
     (operand,), (dim,) = operands, dims
     size = operand.shape[dim]
-    return private_release_p.bind(operand, event=event, count=count * size), dim
+    return private_release_p.bind(operand, event=event, count=count * size, shared=shared), dim
 
 
-def _release_jvp(primals, tangents, *, event, count):
+def _release_jvp(primals, tangents, **params):
     # The tangent is not a release: nothing private may be published from it.
-    return private_release_p.bind(*primals, event=event, count=count), tangents[0]
+    return private_release_p.bind(*primals, **params), tangents[0]
 
 
 private_release_p.def_impl(_same)
@@ -180,14 +185,15 @@ ad.primitive_jvps[private_release_p] = _release_jvp
 mlir.register_lowering(private_release_p, mlir.lower_fun(_same, multiple_results=False))
 
 
-def private_release(value: Any, event: Hashable) -> jax.Array:
+def private_release(value: Any, event: Hashable, shared: Sequence[str] = ()) -> jax.Array:
     """The value itself, marked in the jaxpr as one release charged as `event`.
 
     Args:
       value: the released array.
       event: a frozen accounting event.
+      shared: mesh axes whose shards release one thing together: `event` is what all of them cost.
     """
-    return private_release_p.bind(value, event=event, count=1)
+    return private_release_p.bind(value, event=event, count=1, shared=tuple(shared))
 
 
 # wide -------------------------------------------------------------------------------------------
@@ -209,15 +215,14 @@ def _wide_abstract(*avals, **params):
     with jax.enable_x64(True):
         specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
         shapes = jax.eval_shape(partial(_wide_run, **params), *specs)
-    results = []
-    for shape in shapes:
-        spec = jax.sharding.PartitionSpec(*(None,) * len(shape.shape))
-        sharding = jax.sharding.NamedSharding(avals[0].sharding.mesh, spec)
-        aval = avals[0].update(
-            shape=shape.shape, dtype=shape.dtype, weak_type=False, sharding=sharding
-        )
-        results.append(aval)
-    return results
+    return [_alike(avals[0], shape) for shape in shapes]
+
+
+def _alike(aval, shape):
+    """An abstract result that varies over the mesh axes over which an operand does."""
+    spec = jax.sharding.PartitionSpec(*(None,) * len(shape.shape))
+    sharding = jax.sharding.NamedSharding(aval.sharding.mesh, spec)
+    return aval.update(shape=shape.shape, dtype=shape.dtype, weak_type=False, sharding=sharding)
 
 
 def _wide_lower(context, *args, **params):
@@ -225,13 +230,13 @@ def _wide_lower(context, *args, **params):
         return mlir.lower_fun(partial(_wide_run, **params))(context, *args)
 
 
-def _wide_batch(operands, dims, *, depth, **params):
+def _batch_closed(primitive, operands, dims, *, depth, **params):
     size = next(x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None)
     operands = [
         jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
         for x, dim in zip(operands, dims, strict=True)
     ]
-    out = wide_p.bind(*operands, depth=depth + 1, **params)
+    out = primitive.bind(*operands, depth=depth + 1, **params)
     return out, [0] * len(out)
 
 
@@ -242,7 +247,7 @@ def _wide_jitted(params):
 
 wide_p.def_impl(lambda *leaves, **params: _wide_jitted(tuple(params.items()))(*leaves))
 wide_p.def_abstract_eval(_wide_abstract)
-batching.primitive_batchers[wide_p] = _wide_batch
+batching.primitive_batchers[wide_p] = partial(_batch_closed, wide_p)
 mlir.register_lowering(wide_p, _wide_lower)
 
 
@@ -262,3 +267,49 @@ def wide(fun: Callable, operands: Any, static: Hashable) -> tuple:
     leaves, tree = jax.tree.flatten(operands)
     leaves = vary_alike(*leaves)
     return tuple(wide_p.bind(*leaves, fun=fun, static=static, tree=tree, depth=0))
+
+
+# closed -----------------------------------------------------------------------------------------
+
+closed_p = Primitive("private_closed")
+closed_p.multiple_results = True
+
+
+def _closed_run(*leaves, fun, depth):
+    for _ in range(depth):
+        fun = jax.vmap(fun)
+    return tuple(fun(*leaves))
+
+
+def _closed_abstract(*avals, **params):
+    specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    shapes = jax.eval_shape(partial(_closed_run, **params), *specs)
+    return [_alike(avals[0], shape) for shape in shapes]
+
+
+def _closed_lower(context, *args, **params):
+    def plain(avals):
+        return [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in avals]
+
+    context = context.replace(avals_in=plain(context.avals_in), avals_out=plain(context.avals_out))
+    return mlir.lower_fun(partial(_closed_run, **params))(context, *args)
+
+
+closed_p.def_abstract_eval(_closed_abstract)
+batching.primitive_batchers[closed_p] = partial(_batch_closed, closed_p)
+mlir.register_lowering(closed_p, _closed_lower)
+
+
+def closed(fun: Callable, *operands: jax.Array) -> tuple:
+    """fun(*operands), which is traced as if no operand varied over a mesh axis.
+
+    JAX's interpreter of Pallas kernels writes constants that vary over no axis beside operands that
+    do, and is refused for it inside `shard_map`.
+
+    Args:
+      fun: of arrays, returns a tuple of arrays; it uses no mesh axis. It has no derivative.
+      *operands: its arrays; results vary over the axes over which any of them does.
+    """
+    if not any(varying(x) for x in operands):
+        return tuple(fun(*operands))
+    return tuple(closed_p.bind(*vary_alike(*operands), fun=fun, depth=0))

@@ -31,6 +31,8 @@ class Operands(NamedTuple):
       base_log_weights: (B or 1, S, K) float32 ≤ 0: `log_weights` without the record weights that
         a Gaussian process makes itself; None elsewhere.
       noise_key: uint32[8] key data, or None without noise.
+      key_offset: int32 scalar, the position of the first key among those of the whole sequence;
+        None is 0. Causal masks, windows and key lengths count from there.
       flags: (B or 1, blocks) int32, not 0 where a block of keys has a key or value that is not
         finite; None where every number is.
     """
@@ -47,6 +49,7 @@ class Operands(NamedTuple):
     base_log_weights: Any = None
     noise_key: Any = None
     flags: Any = None
+    key_offset: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Spec:
       precision: of the score product, as `jax.lax` takes it.
       mark_queries: whether a query that is not finite is answered by NaN; only for backends that
         say `READS_ANY_ROWS`.
+      deterministic: whether gradients must be the same bits on every run.
     """
 
     scale: float
@@ -90,3 +94,4 @@ class Spec:
     row_clip: float | None = None
     precision: Any = jax.lax.Precision.HIGHEST
     mark_queries: bool = False
+    deterministic: bool = False

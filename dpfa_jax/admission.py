@@ -1,12 +1,48 @@
-"""Which records of a call count, and how much, before any backend sees them."""
+"""Which calls are admitted, with how much noise, and which of their records count how much."""
 
+import dataclasses
+import math
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from dpfa_jax import clipping, releases
-from dpfa_jax._typing import Operands
+from dpfa_jax import _check, clipping, releases
+from dpfa_jax._typing import Operands, Spec
+
+
+def is_private(mechanism: Any, rng: Any, queries: str) -> bool:
+    """Whether a call is a private one, once its mechanism, key and promise fit together.
+
+    Args:
+      mechanism: what the caller passed.
+      rng: the key, or None.
+      queries: "public" or "private".
+
+    Raises:
+      TypeError: for what is no mechanism, and for a private call without a key.
+      ValueError: for private queries of a mechanism that protects records alone.
+    """
+    if not isinstance(mechanism, releases.Mechanism):
+        raise TypeError(
+            f"Expected mechanism to be a mechanism of dpfa_jax, such as IndependentNoise(...), got "
+            f"{mechanism!r}."
+        )
+    private = not isinstance(mechanism, releases.NonPrivate)
+    if private and rng is None:
+        raise TypeError(
+            "Expected rng to be a typed JAX key, got None. There is no default key: pass "
+            "dpfa_jax.random.secure_key(), a new one for every call."
+        )
+    _check.choice("queries", queries, ("public", "private"))
+    if queries == "private" and private and not isinstance(mechanism, releases.SequenceRelease):
+        raise ValueError(
+            f"{type(mechanism).__name__} protects the records that public queries read; with "
+            "queries='private' (self-attention over private tokens) each token is also a query, "
+            "whose own answer moves by the full value bound. Use SequenceRelease."
+        )
+    return private
 
 
 def reads_any_rows(module: ModuleType, mechanism: Any) -> bool:
@@ -79,3 +115,57 @@ def _record_bound(mechanism: Any) -> float | None:
     if not _bounds_values(mechanism) or mechanism.adjacency.kind == "REPLACE_ONE":
         return None
     return mechanism.value_bound
+
+
+def noisy_spec(spec: Spec, mechanism: Any, call: releases.Call, noise_std: float) -> Spec:
+    """The call of S2 or S3 with noise of this standard deviation on its sums.
+
+    Args:
+      spec: scale and masks.
+      mechanism: IndependentNoise or ClippedContributions.
+      call: its shape.
+      noise_std: of the numerator's noise, in the unit of the values.
+    """
+    weight = mechanism.weight(call)
+    return dataclasses.replace(
+        spec,
+        score_cap=mechanism.score_cap,
+        noise="sums",
+        noise_std=noise_std,
+        denominator_std=noise_std / weight if weight > 0 else math.inf,
+        floor=mechanism.smallest_denominator(call, noise_std),
+        ball=mechanism.value_bound,
+    )
+
+
+def clip_contributions(
+    module: ModuleType, operands: Operands, spec: Spec, mechanism: Any, call: releases.Call
+) -> Operands:
+    """The call with each record's contribution clipped, where the mechanism is S3.
+
+    The weights are log u_j = log min(1, C/‖φ_j‖), φ_j over all queries and heads of the call.
+
+    Args:
+      module: the backend that will sum.
+      operands: the call's arrays; all of its queries, and all or some of its keys.
+      spec: of that call.
+      mechanism: IndependentNoise or ClippedContributions.
+      call: its shape.
+    """
+    if not isinstance(mechanism, releases.ClippedContributions):
+        return operands
+    frozen = jax.lax.stop_gradient(operands)
+    squares = module.column_squares(frozen, spec)  # (B, S, K)
+    if call.memories == 1:
+        squares = clipping.stable_sum(squares, axis=0)[None]
+    weight = mechanism.weight(call)
+    width = jnp.full((*frozen.value.shape[:-1], 1), weight, jnp.float32)
+    rows = jnp.concatenate([frozen.value.astype(jnp.float32), width], axis=-1)
+    norms = clipping.log_row_norms(rows)  # ‖(v_j, c)‖ per head
+    used = squares > 0
+    log_squares = jnp.log(jnp.where(used, squares, 1.0)) + 2 * norms
+    log_squares = jnp.where(used, log_squares, -jnp.inf)
+    total = jax.nn.logsumexp(log_squares, axis=-1, keepdims=True)
+    limit = math.log(mechanism.row_clip_norm(call))
+    weights = jnp.minimum(0.0, limit - 0.5 * total)
+    return operands._replace(log_weights=operands.log_weights + weights)

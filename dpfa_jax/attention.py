@@ -43,8 +43,13 @@ reason | None, fastest first; each is loaded when it is first used."""
 _NAMED = ("xla", "triton", "mosaic_gpu", "auto")
 
 
-def _module(backend: str) -> ModuleType:
-    return importlib.import_module(BACKENDS[backend])
+def module_of(name: str) -> ModuleType:
+    """The module of a backend.
+
+    Args:
+      name: a key of `BACKENDS`.
+    """
+    return importlib.import_module(BACKENDS[name])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -56,7 +61,7 @@ def _attend(
 
 def _attend_forward(backend, spec, process, operands):
     if process is None:
-        out, residuals = _module(backend).forward(operands, spec)
+        out, residuals = module_of(backend).forward(operands, spec)
     else:
         residuals = gaussian_process.forward(operands, process)
         out = reference.answer(spec, *residuals)
@@ -65,14 +70,23 @@ def _attend_forward(backend, spec, process, operands):
 
 def _attend_backward(backend, spec, process, saved, cotangent):
     operands, residuals = saved
-    module = reference if process is not None else _module(backend)
-    grads = module.backward(operands, spec, residuals, cotangent)
+    module = reference if process is not None else module_of(backend)
+    return (cotangents(operands, module.backward(operands, spec, residuals, cotangent)),)
+
+
+def cotangents(operands: Operands, grads: tuple) -> Operands:
+    """What a backend's `backward` returned, in the places and dtypes of the operands.
+
+    Args:
+      operands: of the call.
+      grads: in query, key, value, log_weights and query_reference; None where there is none.
+    """
     names = ("query", "key", "value", "log_weights", "query_reference")
     known = {
         name: None if grad is None else grad.astype(getattr(operands, name).dtype)
         for name, grad in zip(names, grads, strict=True)
     }
-    return (Operands(**{name: known.get(name) for name in Operands._fields}),)
+    return Operands(**{name: known.get(name) for name in Operands._fields})
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -82,24 +96,42 @@ def _is_preferred(backend: str, keys: int) -> bool:
     """Whether "auto" looks at a backend: kernels only where they are compiled, for a GPU."""
     if backend == "xla":
         return True
-    return jax.default_backend() == "gpu" and _module(backend).preferred(keys)
+    return jax.default_backend() == "gpu" and module_of(backend).preferred(keys)
 
 
-def _backend(name: str, operands: Operands, spec: Spec) -> str:
+def choose_backend(name: str, operands: Operands, spec: Spec, needs: str = "forward") -> str:
+    """The name of the backend that does a call: the caller's, or the fastest one for "auto".
+
+    Args:
+      name: what the caller passed.
+      operands: the call's arrays.
+      spec: the static description, of which the noise need not be set yet.
+      needs: function that the backend must have: not all have "sums", which go out without noise.
+
+    Returns:
+      A key of `BACKENDS`.
+
+    Raises:
+      ValueError: for an unknown name.
+      NotImplementedError: with the reason why a named backend cannot do the call.
+    """
     _check.choice("backend", name, _NAMED)
+
+    def lacking(kind):
+        module = module_of(kind)
+        if not hasattr(module, needs):
+            return f"it has no {needs} that go out without noise"
+        return module.supports(operands, spec)
+
     if name == "auto":
-        return next(
-            kind
-            for kind in BACKENDS
-            if _is_preferred(kind, operands.key.shape[1])
-            and _module(kind).supports(operands, spec) is None
-        )
+        keys = operands.key.shape[1]
+        return next(k for k in BACKENDS if _is_preferred(k, keys) and lacking(k) is None)
     if name not in BACKENDS:
         raise NotImplementedError(
             f"backend={name!r} is not part of this version. Pass backend='auto', which takes the "
             "fastest backend that can do the call, or backend='xla'."
         )
-    reason = _module(name).supports(operands, spec)
+    reason = lacking(name)
     if reason is not None:
         raise NotImplementedError(
             f"backend={name!r} cannot do this call: {reason}. Pass backend='auto'."
@@ -180,7 +212,8 @@ def private_attention(
         values above 0 count as 0, NaN as −∞.
       precision: of the score product, as in `jax.lax.dot`; None is the highest. The value product
         always has the highest, since its error counts against the guarantee.
-      deterministic: whether gradients must be the same bits on every run (always so on "xla").
+      deterministic: whether gradients must be the same bits on every run (always so but
+        on "mosaic_gpu", where it takes slower kernels).
       backend: "auto", "mosaic_gpu" (NVIDIA, compute capability 9.0), "triton" (8.0 and up;
         interpreted on a CPU, for tests) or "xla"; a named backend never falls back to another.
 
@@ -204,24 +237,7 @@ def private_attention(
       ...     q, k, k, mechanism=noise, rng=jax.random.key(0), queries="public").shape
       (1, 2, 1, 4)
     """
-    if not isinstance(mechanism, releases.Mechanism):
-        raise TypeError(
-            f"Expected mechanism to be a mechanism of dpfa_jax, such as IndependentNoise(...), got "
-            f"{mechanism!r}."
-        )
-    private = not isinstance(mechanism, releases.NonPrivate)
-    if private and rng is None:
-        raise TypeError(
-            "Expected rng to be a typed JAX key, got None. There is no default key: pass "
-            "dpfa_jax.random.secure_key(), a new one for every call."
-        )
-    _check.choice("queries", queries, ("public", "private"))
-    if queries == "private" and private and not isinstance(mechanism, releases.SequenceRelease):
-        raise ValueError(
-            f"{type(mechanism).__name__} protects the records that public queries read; with "
-            "queries='private' (self-attention over private tokens) each token is also a query, "
-            "whose own answer moves by the full value bound. Use SequenceRelease."
-        )
+    private = admission.is_private(mechanism, rng, queries)
     query, key, value = (
         arguments.floating("query", query),
         arguments.floating("key", key),
@@ -278,13 +294,14 @@ def private_attention(
         on_grid=True,
         window=window,
         precision=jax.lax.Precision.HIGHEST if precision is None else precision,
+        deterministic=deterministic,
     )
     marked = not isinstance(mechanism, releases.SequenceRelease)
-    name = _backend(backend, *_asked(operands, spec, mechanism))
-    if admission.reads_any_rows(_module(name), mechanism):
+    name = choose_backend(backend, *_asked(operands, spec, mechanism))
+    if admission.reads_any_rows(module_of(name), mechanism):
         spec = dataclasses.replace(spec, mark_queries=marked)
         out = _release(
-            admission.weighted(_module(name), operands, mechanism), spec, mechanism, call, name
+            admission.weighted(module_of(name), operands, mechanism), spec, mechanism, call, name
         )
     else:
         query_ok = clipping.finite_rows(query)
@@ -296,7 +313,7 @@ def private_attention(
 
 def _release(operands, spec, mechanism, call, name) -> jax.Array:
     """The released answer in float32."""
-    growth = 1 + _module(name).rounding(call.keys)
+    growth = 1 + module_of(name).rounding(call.keys)
 
     def run(spec, operands, process=None) -> Any:
         operands = Operands(*_primitives.vary_alike(*operands))
@@ -340,40 +357,13 @@ def _release(operands, spec, mechanism, call, name) -> jax.Array:
             return run(bounded, operands)
         case releases.IndependentNoise() | releases.ClippedContributions():
             noise_std = mechanism.noise_multiplier * mechanism.l2_sensitivity(call) * growth
-            weight = mechanism.weight(call)
-            noisy = replace(
-                score_cap=mechanism.score_cap,
-                noise="sums",
-                noise_std=noise_std,
-                denominator_std=noise_std / weight if weight > 0 else math.inf,
-                floor=mechanism.smallest_denominator(call, noise_std),
-                ball=mechanism.value_bound,
-            )
-            if isinstance(mechanism, releases.ClippedContributions):
-                weights = _contribution_weights(_module(name), operands, noisy, mechanism, call)
-                operands = operands._replace(log_weights=operands.log_weights + weights)
+            noisy = admission.noisy_spec(spec, mechanism, call, noise_std)
+            module = module_of(name)
+            operands = admission.clip_contributions(module, operands, noisy, mechanism, call)
             return run(noisy, operands)
         case releases.GaussianProcessNoise():
             return _gaussian_process(operands, spec, mechanism, call, run, replace)
     raise TypeError(f"No rule for the mechanism {type(mechanism).__name__}.")
-
-
-def _contribution_weights(module, operands, spec, mechanism, call) -> jax.Array:
-    """log u_j = log min(1, C/‖φ_j‖), φ_j over all queries and heads of the call; (B or 1, S, K)."""
-    frozen = jax.lax.stop_gradient(operands)
-    squares = module.column_squares(frozen, spec)  # (B, S, K)
-    if call.memories == 1:
-        squares = clipping.stable_sum(squares, axis=0)[None]
-    weight = mechanism.weight(call)
-    width = jnp.full((*frozen.value.shape[:-1], 1), weight, jnp.float32)
-    rows = jnp.concatenate([frozen.value.astype(jnp.float32), width], axis=-1)
-    norms = clipping.log_row_norms(rows)  # ‖(v_j, c)‖ per head
-    used = squares > 0
-    log_squares = jnp.log(jnp.where(used, squares, 1.0)) + 2 * norms
-    log_squares = jnp.where(used, log_squares, -jnp.inf)
-    total = jax.nn.logsumexp(log_squares, axis=-1, keepdims=True)
-    limit = math.log(mechanism.row_clip_norm(call))
-    return jnp.minimum(0.0, limit - 0.5 * total)
 
 
 def _gaussian_process(operands, spec, mechanism, call, run, replace) -> jax.Array:

@@ -81,6 +81,8 @@ def visible(operands: Operands, spec: Spec, start: Any, size: int) -> jax.Array:
     length = operands.query.shape[1]
     rows = jnp.arange(length)[:, None]
     columns = start + jnp.arange(size)[None, :]
+    if operands.key_offset is not None:
+        columns += operands.key_offset
     allowed = jnp.ones((1, 1, length, size), bool)
     if spec.is_causal:
         allowed &= columns <= rows
@@ -277,13 +279,37 @@ def forward(operands: Operands, spec: Spec) -> tuple[jax.Array, tuple]:
     if spec.noise == "rows":
         residuals = (high + low, mass_high + mass_low)
         return _released(spec, answer(spec, *residuals), spec.noise_std, matrix), residuals
-    numerator = _released(spec, high, spec.noise_std, matrix, low)
-    released = spec.denominator_std != float("inf")
-    denominator = (
-        _released(spec, mass_high, spec.denominator_std, row, mass_low)
-        if released
-        else jnp.zeros_like(mass_high)
-    )
+    return finish(spec, *noisy_sums(spec, (high, low), (mass_high, mass_low), matrix, row))
+
+
+def noisy_sums(
+    spec: Spec, numerator: tuple, denominator: tuple, matrix: jax.Array, row: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sums with their noise, rounded to one word after it.
+
+    Args:
+      spec: says how much noise.
+      numerator: (B, T, N, h), two words.
+      denominator: (B, T, N), two words.
+      matrix: unit noise (B, T, N, h).
+      row: unit noise (B, T, N).
+    """
+    high, low = numerator
+    noisy = _released(spec, high, spec.noise_std, matrix, low)
+    high, low = denominator
+    if spec.denominator_std == float("inf"):
+        return noisy, jnp.zeros_like(high)
+    return noisy, _released(spec, high, spec.denominator_std, row, low)
+
+
+def finish(spec: Spec, numerator: jax.Array, denominator: jax.Array) -> tuple[jax.Array, tuple]:
+    """The answer made of noisy sums, and the residuals that `backward` wants.
+
+    Args:
+      spec: of the call.
+      numerator: (B, T, N, h).
+      denominator: (B, T, N).
+    """
     return answer(spec, numerator, denominator), (numerator, denominator)
 
 

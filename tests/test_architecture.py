@@ -27,17 +27,22 @@ LAYERS = (
     # layer 1, its packages from the inside out
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.partition"
     " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks"
-    " pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise pallas.mosaic_gpu_plan",
+    " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise pallas.mosaic_gpu_plan",
     "accounting.convert accounting.subsample accounting.groups auditing clipping.certificate"
-    " clipping._batch per_example.plan per_example.rules"
-    " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels pallas.accumulators",
-    "pallas.triton_gradients pallas.triton_calls clipping.groups clipping.adaptive",
+    " clipping._batch per_example.plan pallas.norms"
+    " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels pallas.accumulators"
+    " pallas.mosaic_gpu_gradient_blocks",
+    "per_example.norms",
+    "per_example.rules",
+    "pallas.triton_gradients pallas.triton_calls pallas.mosaic_gpu_gradient_kernels"
+    " clipping.groups clipping.adaptive",
     "per_example.evaluate clipping.bounded",
     "per_example",
     "clipping.two_pass",
     "clipping.one_pass",
     "clipping.gradients",
     "accounting.charge accounting.upward pallas.triton",
+    "pallas.mosaic_gpu_gradients",
     "pallas.mosaic_gpu",
     "accounting.state accounting.trace accounting.traced accounting.calibrate accounting.filters"
     " accounting.allocate accounting.ledger accounting.pld accounting.attacker pallas",
@@ -49,7 +54,7 @@ LAYERS = (
     "releases sampling",
     "reference admission",
     "attention",
-    "memory.rows memory.history",
+    "memory.rows memory.history context",
     "memory.gaussian_process memory.random_features memory.filtered",
     "memory _flax",
     "linen nnx optim.account monitoring planning",

@@ -99,6 +99,50 @@ def test_events_counts_releases(name):
     assert accounting.events(fn, SPEC) == expected
 
 
+def _together(*axes):
+    return lambda x: _primitives.private_release(jnp.sin(x), ONE, axes)
+
+
+def _sharded(fn, sizes, axes="a", **options):
+    specs = PartitionSpec(axes)
+    return jax.shard_map(fn, mesh=mesh(*sizes), in_specs=specs, out_specs=specs, **options)
+
+
+TOGETHER = {
+    "one axis": (_sharded(_together("a"), (4,)), 1),
+    "one of two axes": (_sharded(_together("b"), (2, 4)), 2),
+    "both axes": (_sharded(_together("a", "b"), (2, 4)), 1),
+    "another axis than those": (_sharded(_together("b"), (4,)), 4),
+    "scan": (_sharded(lambda x: jax.lax.map(_together("a"), x), (2,)), 2),
+    "vmap of shard_map": (lambda x: jax.vmap(_sharded(_together("a"), (4,)))(jnp.ones((3, 4))), 3),
+    "nested shard_maps": (
+        _sharded(
+            jax.shard_map(
+                _together("b"),
+                in_specs=PartitionSpec("b"),
+                out_specs=PartitionSpec("b"),
+                axis_names={"b"},
+            ),
+            (2, 2),
+            axis_names={"a"},
+        ),
+        2,
+    ),
+    "no shard_map": (_together("a"), 1),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_events_counts_what_shards_release_together_once(name):
+    fn, count = TOGETHER[name]
+    assert accounting.events(fn, SPEC) == (ONE if count == 1 else Repeated(ONE, count))
+
+
+def test_events_adds_up_releases_that_shards_share_and_others():
+    both = _sharded(lambda x: one(_together("a")(x)), (4,))
+    assert accounting.events(both, SPEC) == Repeated(ONE, 5)
+
+
 def test_events_sees_through_custom_derivatives():
     @jax.custom_vjp
     def private(x):

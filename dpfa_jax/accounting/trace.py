@@ -37,56 +37,65 @@ def _inner(value: Any) -> Iterator[Any]:
             yield from _inner(each)
 
 
-def _shards(params: dict[str, Any]) -> int:
-    """How many shards of a shard_map run its body, each with noise of its own."""
+# A release and the mesh axes whose shards share it.
+_Found = dict[tuple[Event, frozenset[str]], int]
+
+
+def _shards(params: dict[str, Any], shared: frozenset[str]) -> int:
+    """How many shards of a shard_map run its body, each with noise of its own.
+
+    Shards of the `shared` axes release one thing together.
+    """
     mesh = params["mesh"]
-    return math.prod(mesh.shape[axis] for axis in params["newly_manual_axes"])
+    return math.prod(mesh.shape[axis] for axis in set(params["newly_manual_axes"]) - shared)
 
 
-def _repetitions(name: str, params: dict[str, Any]) -> int | None:
+def _repetitions(name: str, params: dict[str, Any], shared: frozenset[str]) -> int | None:
     """How often a primitive runs its jaxprs per call; None where nobody knows beforehand."""
     if name in _ONCE:
         return 1
     if name == "scan":
         return params["length"]
     if name == "shard_map":
-        return _shards(params)
+        return _shards(params, shared)
     return None
 
 
-def _collect(jaxpr: Any, times: int, found: dict[Event, int]) -> None:
+def _collect(jaxpr: Any, found: _Found) -> None:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == RELEASE:
             event = events_lib.check_event("the event of a release", params["event"])
-            found[event] = found.get(event, 0) + times * params["count"]
+            key = event, frozenset(params["shared"])
+            found[key] = found.get(key, 0) + params["count"]
             continue
-        inside: dict[Event, int] = {}
+        inside: _Found = {}
         for each in _inner(tuple(params.values())):
-            _collect(each, 1, inside)
-        if not inside:
-            continue
-        repetitions = _repetitions(name, params)
-        if repetitions is None:
-            advice = (
-                "Use jax.lax.scan or fori_loop with a static length"
-                if name == "while"
-                else ("Call the release outside it")
-            )
-            raise ValueError(
-                f"Expected every private release to happen a number of times known beforehand, "
-                f"got one inside `{name}`. {advice}, so that its cost can be stated."
-            )
-        for event, count in inside.items():
-            found[event] = found.get(event, 0) + times * repetitions * count
+            _collect(each, inside)
+        for (event, shared), count in inside.items():
+            repetitions = _repetitions(name, params, shared)
+            if repetitions is None:
+                advice = (
+                    "Use jax.lax.scan or fori_loop with a static length"
+                    if name == "while"
+                    else ("Call the release outside it")
+                )
+                raise ValueError(
+                    f"Expected every private release to happen a number of times known beforehand, "
+                    f"got one inside `{name}`. {advice}, so that its cost can be stated."
+                )
+            # An axis of the same name farther out is another axis.
+            left = shared - set(params.get("newly_manual_axes", ()))
+            found[event, left] = found.get((event, left), 0) + repetitions * count
 
 
 def events(fn: Callable[..., Any], *specs: Any, **keyword_specs: Any) -> Event:
     """The event that one call of a function is charged as, read without running it.
 
     A release in a scan counts once per step, in a vmapped function once per example, in a shard_map
-    or pmap once per shard. All branches of a cond are charged. Recomputation (`jax.checkpoint`
-    under `grad`) is charged again, though the noise is the same.
+    or pmap once per shard, that of `context_parallel_attention` once for all shards of its axis.
+    All branches of a cond are charged. Recomputation (`jax.checkpoint` under `grad`) is charged
+    again, though the noise is the same.
 
     Args:
       fn: a function that JAX can trace.
@@ -108,11 +117,14 @@ def events(fn: Callable[..., Any], *specs: Any, **keyword_specs: Any) -> Event:
       'no release'
     """
     closed = jax.make_jaxpr(fn)(*specs, **keyword_specs)
-    found: dict[Event, int] = {}
-    _collect(closed.jaxpr, 1, found)
+    found: _Found = {}
+    _collect(closed.jaxpr, found)
+    counts: dict[Event, int] = {}
+    for (event, _), count in found.items():
+        counts[event] = counts.get(event, 0) + count
     parts = tuple(
         event if count == 1 else events_lib.Repeated(event, count)
-        for event, count in found.items()
+        for event, count in counts.items()
         if count
     )
     if not parts:

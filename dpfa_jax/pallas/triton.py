@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from dpfa_jax._typing import Operands, Spec
+from dpfa_jax.clipping.rows import log_row_weights
 from dpfa_jax.pallas import blocks, tiling, triton_calls, triton_gradients, triton_kernels
 from dpfa_jax.pallas.tiling import rounding as rounding
 from dpfa_jax.pallas.triton_kernels import Plan
@@ -102,6 +103,7 @@ def _plan(operands: Operands, spec: Spec, pick: Callable, tile: Any) -> Plan:
         mask=None if operands.mask is None else operands.mask.shape,
         segments=operands.key_segments is not None,
         fast=True,
+        offset=operands.key_offset is not None and (spec.is_causal or spec.window is not None),
         hopper=_capability() >= 90,
     )
 
@@ -117,7 +119,8 @@ def _fold_masks(operands: Operands, spec: Spec, shift: int = 0) -> tuple[Operand
     keys, group = operands.key.shape[1], operands.query.shape[2] // operands.key.shape[2]
     mask = operands.mask
     if operands.key_lengths is not None:
-        seen = jnp.arange(keys) < operands.key_lengths[:, None, None]
+        first = 0 if operands.key_offset is None else operands.key_offset
+        seen = first + jnp.arange(keys) < operands.key_lengths[:, None, None]
         bias = jnp.where(seen, bias, -jnp.inf)
     if mask is not None and mask.shape[2] == 1 and (mask.shape[1] == 1 or group == 1):
         bias = jnp.where(mask[:, :, 0, :], bias, -jnp.inf)
@@ -185,6 +188,9 @@ def _arguments(
             cut=2 if by_key else None,
         ),
     ]
+    if plan.offset:
+        first = jnp.reshape(operands.key_offset, (1,)).astype(jnp.int32)
+        found.append(triton_calls.Argument("key_offset", first, (1,), lambda i, h, b: (0,)))
     if plan.segments:
         query_ids = triton_calls.pad(operands.query_segments, 1, tile.block_q, 0)
         key_ids = triton_calls.pad(operands.key_segments, 1, tile.block_k, 0)
@@ -272,6 +278,63 @@ def forward(
     )
     clean = found.get("clean", found["out"])
     return found["out"], (clean, found["mass"], found["factor"], found.get("best"))
+
+
+def sums(operands: Operands, spec: Spec, *, tile: tiling.Tile | None = None) -> tuple[tuple, tuple]:
+    """N = Σ_j w_ij v_j and D = Σ_j w_ij against a public reference, as `forward` has them.
+
+    Args:
+      operands: the call's arrays; a query that is not finite counts as a row of zeros.
+      spec: scale, cap and masks; its noise is not used.
+      tile: how to cut the kernel.
+
+    Returns:
+      ((N high, N low), (D high, D low)), float32 of shapes (B, T, N, h) and (B, T, N).
+    """
+    shift = triton_kernels.SHIFT if operands.key.dtype == jnp.float16 else 0
+    operands, bias = _fold_masks(operands, spec, shift)
+    plan = _plan(operands, spec, tiling.forward_tile, tile)
+    batch, queries, heads, _ = operands.query.shape
+    inputs = _arguments(plan, operands, bias, by_key=False)
+    block = (None, plan.tile.block_q, None, tiling.padded(plan.value_width))
+    wide = ((batch, queries, heads, plan.value_width), jnp.float32)
+    outputs = []
+    for low in ("", "_low") if plan.compensated else ("",):
+        outputs.append(
+            triton_calls.Argument(
+                f"numerator{low}", wide, block, lambda i, h, b: (b, i, h, 0), cut=1
+            )
+        )
+        outputs.append(_rows(f"denominator{low}", plan, (batch, heads, queries)))
+    grid = (-(-queries // plan.tile.block_q), heads, batch)
+    kernel = triton_kernels.forward_kernel
+    found = triton_calls.call(kernel, plan, grid, inputs, outputs, operands.flags)
+    zero = {name: jnp.zeros_like(found[name]) for name in ("numerator", "denominator")}
+
+    def words(name):
+        return found[name], found.get(f"{name}_low", zero[name])
+
+    return words("numerator"), tuple(jnp.swapaxes(x, 1, 2) for x in words("denominator"))
+
+
+def finish(spec: Spec, numerator: jax.Array, denominator: jax.Array) -> tuple[jax.Array, tuple]:
+    """The answer (B, T, N, h) in float32 made of noisy sums, and the residuals of `backward`.
+
+    Args:
+      spec: of the call.
+      numerator: (B, T, N, h).
+      denominator: (B, T, N).
+    """
+    if spec.denominator_std == math.inf:
+        ratio = numerator / spec.floor
+    else:
+        ratio = numerator / jnp.maximum(denominator, spec.floor)[..., None]
+    factor = jnp.ones(ratio.shape[:-1], jnp.float32)
+    if spec.ball is not None:
+        factor = jnp.exp(log_row_weights(ratio, spec.ball))
+    clean = jnp.where(factor[..., None] > 0, ratio, 0.0) * factor[..., None]
+    by_head = jnp.swapaxes(denominator, 1, 2), jnp.swapaxes(factor, 1, 2)
+    return clean, (clean, *by_head, None)
 
 
 def backward(

@@ -19,8 +19,7 @@ from dpfa_jax.pallas.triton_kernels import Plan
 
 def shape_like(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
     """A result that varies over the mesh axes over which `like` does."""
-    manual = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=None if manual.empty else manual)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def pad(array: jax.Array, axis: int, multiple: int, fill: Any) -> jax.Array:
@@ -146,6 +145,7 @@ def _launch(body, plan, grid, inputs, outputs) -> tuple:
             name=kernel.__name__,
         )(*arrays)
 
-    return tuple(
-        lax.platform_dependent(*arrays, cuda=partial(run, True), default=partial(run, False))
-    )
+    def interpreted(*arrays):
+        return _primitives.closed(partial(run, False), *arrays)
+
+    return tuple(lax.platform_dependent(*arrays, cuda=partial(run, True), default=interpreted))

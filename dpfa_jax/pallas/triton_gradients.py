@@ -11,6 +11,7 @@ from dpfa_jax.pallas.triton_kernels import (
     allowed_pairs,
     finite,
     finite_rows,
+    first_position,
     pair_weights,
     partial_sums,
 )
@@ -41,7 +42,8 @@ def query_gradient_kernel(plan: Plan, place, refs):
     if plan.online:
         best = blocks.load(refs["best"], (own,), row_ok)[:, None]
     left, right = plan.sides
-    runs = tiling.sections(start, tile.block_q, tile.block_k, plan.keys, left, right)
+    first = start - first_position(plan, refs)
+    runs = tiling.sections(first, tile.block_q, tile.block_k, plan.keys, left, right)
 
     def step(tile_index, total, masked):
         key_start = tile_index * tile.block_k
@@ -79,7 +81,8 @@ def _key_block(plan: Plan, place, refs):
     key = blocks.load(refs["key"], (own, slice(None)), key_ok)
     key = finite(key) if plan.repairs else key
     left, right = plan.sides
-    runs = tiling.sections(start, tile.block_k, tile.block_q, plan.queries, right, left)
+    first = start + first_position(plan, refs)
+    runs = tiling.sections(first, tile.block_k, tile.block_q, plan.queries, right, left)
     bias = refs["bias"][own][:, None]
     return start, own, key, key_ok, bias, runs
 

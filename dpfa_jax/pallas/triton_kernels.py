@@ -40,6 +40,7 @@ class Plan:
       dtype: of the matrix products.
       mask: shape of the boolean mask, or None.
       segments: whether there are segment ids.
+      offset: whether the keys begin at a position that is known at run time only.
       fast: compiled (True) or interpreted.
       grouped: keys of one accumulator, a power of two.
       hopper: whether the matrix unit takes its first operand from registers or shared memory.
@@ -59,6 +60,7 @@ class Plan:
     mask: tuple[int, ...] | None
     segments: bool
     fast: bool
+    offset: bool = False
     grouped: int = tiling.GROUP_KEYS
     hopper: bool = False
     repairs: bool = False
@@ -116,11 +118,17 @@ class Plan:
         return left, right
 
 
+def first_position(plan: Plan, refs):
+    """Where the keys begin among the positions that queries count from."""
+    return refs["key_offset"][0] if plan.offset else 0
+
+
 def allowed_pairs(plan: Plan, row, key, masked, refs, *, keys_first=False, member=None):
     """Boolean block of visible pairs, or None where all are; axes (query, key) or the reverse."""
     tile = plan.tile
     shape = (tile.block_k, tile.block_q) if keys_first else (tile.block_q, tile.block_k)
-    rows = row + lax.broadcasted_iota(jnp.int32, shape, 1 if keys_first else 0)
+    rows = row - first_position(plan, refs)
+    rows = rows + lax.broadcasted_iota(jnp.int32, shape, 1 if keys_first else 0)
     keys = key + lax.broadcasted_iota(jnp.int32, shape, 0 if keys_first else 1)
     allowed = None
 
@@ -234,7 +242,7 @@ def _bounded(ratio, bound):
 
 
 def forward_kernel(plan: Plan, place, refs):
-    """One block of queries: sums, noise, ratio, projection.
+    """One block of queries: sums, noise, ratio, projection; or the sums alone, where they go out.
 
     Args:
       plan: what is static.
@@ -253,7 +261,8 @@ def forward_kernel(plan: Plan, place, refs):
     if plan.in_registers:
         query = blocks.in_registers(query)
     left, right = plan.sides
-    runs = tiling.sections(start, tile.block_q, tile.block_k, plan.keys, left, right)
+    first = start - first_position(plan, refs)
+    runs = tiling.sections(first, tile.block_q, tile.block_k, plan.keys, left, right)
 
     def tiles(tile_index, masked):
         key_start = tile_index * tile.block_k
@@ -316,6 +325,17 @@ def forward_kernel(plan: Plan, place, refs):
         else:
             total, mass = sums
     total, mass = total * unshift, mass * unshift
+    queries = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
+    row_ok = None if tail is None else queries < tail
+    out_ok = blocks.inside(tile.block_q, start, tail, value_pad, plan.value_width)
+    if "numerator" in refs:
+        for name, word in (("numerator", total), ("numerator_low", low)):
+            if name in refs:
+                blocks.store(refs[name], (own, slice(None)), word, out_ok)
+        for name, row in (("denominator", mass), ("denominator_low", mass_low)):
+            if name in refs:
+                blocks.store(refs[name], (own,), row, row_ok)
+        return
 
     released = spec.denominator_std != float("inf")
     noise_key = None
@@ -347,7 +367,6 @@ def forward_kernel(plan: Plan, place, refs):
     out, factor = _bounded(ratio, bound)
     # A query that is not finite is known to the gradients by this sign.
     factor = jnp.where(known, factor, 0.0 if spec.mark_queries else -factor)
-    out_ok = blocks.inside(tile.block_q, start, tail, value_pad, plan.value_width)
     if "clean" in refs:
         blocks.store(refs["clean"], (own, slice(None)), out, out_ok)
     if spec.noise == "rows":
@@ -355,8 +374,6 @@ def forward_kernel(plan: Plan, place, refs):
     if spec.mark_queries:
         out = jnp.where(known[:, None], out, float("nan"))
     blocks.store(refs["out"], (own, slice(None)), out, out_ok)
-    queries = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
-    row_ok = None if tail is None else queries < tail
     for name, row in (("mass", mass), ("factor", factor), ("best", best)):
         if name in refs:
             blocks.store(refs[name], (own,), row, row_ok)

@@ -85,7 +85,6 @@ def _run(key: jax.Array, value: jax.Array, bound: float | None) -> tuple[jax.Arr
     memories, length, heads, _ = key.shape
     rows, count = _ROWS, -(-length // _ROWS)
     key, value = _primitives.vary_alike(key, value)
-    manual = jax.typeof(key).manual_axis_type
 
     def program(index):
         return lax.rem(index, jnp.int32(count)), lax.div(index, jnp.int32(count))
@@ -99,11 +98,12 @@ def _run(key: jax.Array, value: jax.Array, bound: float | None) -> tuple[jax.Arr
 
         return found
 
-    def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        alike = None if manual.empty else manual
-        return jax.ShapeDtypeStruct(sizes, dtype, manual_axis_type=alike)
-
     def call(fast, key, value):
+        manual = jax.typeof(key).manual_axis_type
+
+        def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(sizes, dtype, manual_axis_type=manual)
+
         widths = (key.shape[3], value.shape[3])
         log_bound = None if bound is None else math.log(bound)
         body = partial(_kernel, rows, length, heads, widths, log_bound, program)
@@ -132,8 +132,11 @@ def _run(key: jax.Array, value: jax.Array, bound: float | None) -> tuple[jax.Arr
             name=kernel.__name__,
         )(key, value)
 
+    def interpreted(key, value):
+        return _primitives.closed(partial(call, False), key, value)
+
     weights, flags = lax.platform_dependent(
-        key, value, cuda=partial(call, True), default=partial(call, False)
+        key, value, cuda=partial(call, True), default=interpreted
     )
     return jnp.swapaxes(weights, 1, 2), flags
 
