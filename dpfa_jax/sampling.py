@@ -129,7 +129,7 @@ def _below(high: jax.Array, low: jax.Array, rate: float) -> jax.Array:
 
 
 class _Sampler:
-    """What the samplers share: a state that every draw renews."""
+    """What the samplers share: a state that every draw renews, and a Gaussian that is charged."""
 
     def init(self, rng: Any) -> SamplerState:
         """The state before the first draw.
@@ -154,7 +154,23 @@ class _Sampler:
         following, own = random.split(random.wrap_key_data(state.key_data))
         return self._draw(own), SamplerState(random.key_data(following))
 
+    def event(
+        self, noise_multiplier: float, coordinates: int, radius_bits: int = events.RADIUS_BITS
+    ) -> events.Event:
+        """What a noised sum over one draw is charged as.
+
+        Args:
+          noise_multiplier: noise_std over the sensitivity of the sum under the sampler's
+            `adjacency` (the clip norm, twice that under REPLACE_ONE), ≥ 0.
+          coordinates: noisy scalars released, ≥ 0.
+          radius_bits: where their noise ends, as in `accounting.Gaussian`.
+        """
+        return self._sampled(events.Gaussian(noise_multiplier, coordinates, radius_bits))
+
     def _draw(self, rng: jax.Array) -> Batch:
+        raise NotImplementedError
+
+    def _sampled(self, gaussian: events.Gaussian) -> events.Event:
         raise NotImplementedError
 
 
@@ -162,8 +178,21 @@ def _check_records(records: Any) -> int:
     return _check.integer("records", records, low=1, high=_MOST_RECORDS)
 
 
+class _PoissonSampler(_Sampler):
+    """What both Poisson samplers share."""
+
+    records: int
+    sampling_rate: float
+    adjacency = adjacency.ZERO_OUT
+
+    @property
+    def expected_batch_size(self) -> float:
+        """What sums are divided by: q·n, public, whatever was drawn."""
+        return self.sampling_rate * self.records
+
+
 @dataclasses.dataclass(frozen=True)
-class Poisson(_Sampler):
+class Poisson(_PoissonSampler):
     """Every record takes part with probability q, by itself. One slot for every record.
 
     The shapes are those of the whole data set: for small data, and as the definition that
@@ -184,7 +213,6 @@ class Poisson(_Sampler):
 
     records: int
     sampling_rate: float
-    adjacency = adjacency.ZERO_OUT
 
     def __post_init__(self):
         _check_records(self.records)
@@ -192,26 +220,11 @@ class Poisson(_Sampler):
         object.__setattr__(self, "sampling_rate", rate)
 
     @property
-    def expected_batch_size(self) -> float:
-        """What sums are divided by: q·n, public, whatever was drawn."""
-        return self.sampling_rate * self.records
-
-    @property
     def slots(self) -> int:
         """Length of a batch's arrays."""
         return self.records
 
-    def event(
-        self, noise_multiplier: float, coordinates: int, radius_bits: int = events.RADIUS_BITS
-    ) -> events.Event:
-        """What a noised sum over one draw is charged as.
-
-        Args:
-          noise_multiplier: noise_std over the sensitivity of the sum under `adjacency`, ≥ 0.
-          coordinates: noisy scalars released, ≥ 0.
-          radius_bits: where their noise ends, as in `accounting.Gaussian`.
-        """
-        gaussian = events.Gaussian(noise_multiplier, coordinates, radius_bits)
+    def _sampled(self, gaussian: events.Gaussian) -> events.Event:
         return events.PoissonSampled(gaussian, self.sampling_rate)
 
     def _draw(self, rng: jax.Array) -> Batch:
@@ -222,7 +235,7 @@ class Poisson(_Sampler):
 
 
 @dataclasses.dataclass(frozen=True)
-class TruncatedPoisson(_Sampler):
+class TruncatedPoisson(_PoissonSampler):
     """Poisson samples in a fixed number of slots: of too many records, `capacity` at random stay.
 
     Attributes:
@@ -242,7 +255,6 @@ class TruncatedPoisson(_Sampler):
     records: int
     sampling_rate: float
     capacity: int
-    adjacency = adjacency.ZERO_OUT
 
     def __post_init__(self):
         records = _check_records(self.records)
@@ -251,26 +263,11 @@ class TruncatedPoisson(_Sampler):
         _check.integer("capacity", self.capacity, low=1, high=records)
 
     @property
-    def expected_batch_size(self) -> float:
-        """What sums are divided by: q·n, public, whatever was drawn."""
-        return self.sampling_rate * self.records
-
-    @property
     def slots(self) -> int:
         """Length of a batch's arrays."""
         return self.capacity
 
-    def event(
-        self, noise_multiplier: float, coordinates: int, radius_bits: int = events.RADIUS_BITS
-    ) -> events.Event:
-        """What a noised sum over one draw is charged as.
-
-        Args:
-          noise_multiplier: noise_std over the sensitivity of the sum under `adjacency`, ≥ 0.
-          coordinates: noisy scalars released, ≥ 0.
-          radius_bits: where their noise ends, as in `accounting.Gaussian`.
-        """
-        gaussian = events.Gaussian(noise_multiplier, coordinates, radius_bits)
+    def _sampled(self, gaussian: events.Gaussian) -> events.Event:
         return events.TruncatedPoissonSampled(
             gaussian, self.sampling_rate, self.records, self.capacity
         )
@@ -318,21 +315,15 @@ class WithoutReplacement(_Sampler):
         """Length of a batch's arrays."""
         return self.batch_size
 
-    def event(
-        self, noise_multiplier: float, coordinates: int, radius_bits: int = events.RADIUS_BITS
-    ) -> events.Event:
-        """What a noised sum over one draw is charged as.
-
-        Args:
-          noise_multiplier: noise_std over the sensitivity of the sum under `adjacency` (twice the
-            clip norm), ≥ 0.
-          coordinates: noisy scalars released, ≥ 0.
-          radius_bits: where their noise ends, as in `accounting.Gaussian`.
-        """
+    def _sampled(self, gaussian: events.Gaussian) -> events.Event:
         # In units of the clip norm: noise_multiplier·2·1 over 1.
-        multiplier = _check.real("noise_multiplier", noise_multiplier, low=0)
         return events.SampledWithoutReplacement(
-            2.0 * multiplier, 1.0, self.batch_size, self.records, coordinates, radius_bits
+            2.0 * gaussian.noise_multiplier,
+            1.0,
+            self.batch_size,
+            self.records,
+            gaussian.coordinates,
+            gaussian.radius_bits,
         )
 
     def _draw(self, rng: jax.Array) -> Batch:
