@@ -27,10 +27,12 @@ LAYERS = (
     # layer 1, its packages from the inside out
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.partition"
     " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks"
-    " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise pallas.mosaic_gpu_plan",
+    " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise",
+    "pallas.accumulators",
+    "pallas.mosaic_gpu_plan",
     "accounting.convert accounting.subsample accounting.groups auditing clipping.certificate"
     " clipping._batch per_example.plan pallas.norms"
-    " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels pallas.accumulators"
+    " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels"
     " pallas.mosaic_gpu_gradient_blocks",
     "per_example.norms",
     "per_example.rules",

@@ -11,8 +11,11 @@ GROUP_KEYS = 512
 SHORTEST_GROUP = 480
 """As many at least, where a group is full: five tiles of 96 keys, others fill 512."""
 
-LONGEST = 8192
-"""Longest memory whose groups are joined in one float32 word; longer ones have no kernel."""
+RUN_GROUPS = 16
+"""Groups of one outer sum, which then joins a third one."""
+
+LONGEST = 32768
+"""Longest memory whose sums are kept in float32 words; longer ones have no kernel."""
 
 _STEP_KEYS = 16
 _STEP_ERROR = 5.5 * 2.0**-23
@@ -37,8 +40,11 @@ def sums_rounding(keys: int) -> float:
     keys = _check.integer("keys", keys, low=1, high=LONGEST)
     steps = -(-min(GROUP_KEYS, keys) // _STEP_KEYS)
     within = 2 * _STEP_ERROR * _STEP_KEYS * steps * (steps + 1) / 2
-    groups = -(-keys // SHORTEST_GROUP) + 1
+    groups = min(-(-keys // SHORTEST_GROUP), RUN_GROUPS + 1) + 1
     partial = sum(min(k * GROUP_KEYS, keys) for k in range(2, groups + 1))
+    if keys > RUN_GROUPS * SHORTEST_GROUP:
+        runs = -(-keys // (RUN_GROUPS * SHORTEST_GROUP)) + 1
+        partial += sum(min(k * RUN_GROUPS * GROUP_KEYS, keys) for k in range(2, runs + 1))
     return 1.01 * (within + 2 * _UNIT * partial)
 
 

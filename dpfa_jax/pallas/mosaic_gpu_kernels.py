@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dpfa_jax.doubleword import add_word, round_after
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
+from dpfa_jax.pallas.accumulators import RUN_GROUPS
 from dpfa_jax.pallas.mosaic_gpu_plan import Plan
 from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, PACKED, ROW, ROWS, TILE
 
@@ -214,13 +215,14 @@ def _sums(plan: Plan, refs, wg, place, step):
         return (first > 0).astype(jnp.int32)
 
     outer = _zeros(ROWS, plan.value_width) if plan.joins else None
+    far = refs["far"].at[lax.axis_index("program"), wg] if plan.regroups else None
     mass = (mass, none, none) if plan.joins else (mass,)
     carry = (rounded, blocks.unset(plan.value_width), outer, mass, best)
     first = 1
     if plan.edge > 1 and plan.key_blocks > 1:
         carry = one(jnp.int32(1), carry, masked=True)
         first = 2
-    begin = jnp.int32(first)
+    begin, done = jnp.int32(first), jnp.int32(0)
     if plan.joins:
 
         def group(g, carry):
@@ -230,7 +232,18 @@ def _sums(plan: Plan, refs, wg, place, step):
             return (*carry[:2], carry[2] + carry[1], *carry[3:])
 
         whole = lax.div(count - 1, jnp.int32(flush))
-        carry = lax.fori_loop(jnp.int32(0), whole, group, carry)
+        if plan.regroups:
+
+            def run(number, carry):
+                start = number * RUN_GROUPS
+                carry = lax.fori_loop(start, start + RUN_GROUPS, group, carry)
+                noise_blocks.keep(noise_blocks.joined(carry[2], far, number > 0), far)
+                return (*carry[:2], outer, *carry[3:])
+
+            runs = lax.div(whole, jnp.int32(RUN_GROUPS))
+            carry = lax.fori_loop(jnp.int32(0), runs, run, carry)
+            done = runs * RUN_GROUPS
+        carry = lax.fori_loop(done, whole, group, carry)
         begin = jnp.maximum(whole * flush + 1, first)
     carry = lax.fori_loop(begin, count, one, carry)
     rounded, total, outer, mass, best = carry
@@ -242,6 +255,8 @@ def _sums(plan: Plan, refs, wg, place, step):
     arrive("v_empty", slot)
     if plan.joins:
         total = outer + total
+        if plan.regroups:
+            total = noise_blocks.joined(total, far, done > 0)
         mass = add_word(mass[1], mass[2], mass[0])
     else:
         mass = mass[0], none

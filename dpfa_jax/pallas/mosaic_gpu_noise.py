@@ -82,6 +82,33 @@ def kept(ref, width: int):
     return run(ref)
 
 
+def joined(tile, ref, written):
+    """A tile plus what `keep` wrote, or the tile alone while nothing is.
+
+    Args:
+      tile: (64, width) float32.
+      ref: as of `keep`.
+      written: boolean scalar, the same in all threads.
+    """
+
+    @rg.inline(
+        arg_types=(rg.TILE, plgpu.RefType(), rg.SCALAR),
+        return_type=plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, rg.TILE),
+    )
+    def run(_, tile, ref, written):
+        place, numbers = _own(ref), rg.numbers(tile)
+        found = []
+        for first in range(0, len(numbers), 4):
+            four = _load_four(*place, first // 4 * _STRIDE)
+            for new, old in zip(numbers[first : first + 4], four, strict=True):
+                # What was never written may be NaN.
+                old = arith.select(rg.scalar(written), old, rg.real(0.0))
+                found.append(arith.addf(new, old))
+        return rg.from_numbers(found, tile.shape, rg.TILE)
+
+    return run(tile, ref, written)
+
+
 def _rotate(word, bits):
     return arith.ori(arith.shli(word, rg.integer(bits)), arith.shrui(word, rg.integer(32 - bits)))
 

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax._typing import Spec
+from dpfa_jax.pallas.accumulators import RUN_GROUPS
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, Matrix
 
 LOG2_E = math.log2(math.e)
@@ -146,6 +147,11 @@ class Plan:
         return released and self.key_blocks > self.shape.flush
 
     @property
+    def regroups(self) -> bool:
+        """Whether the outer accumulator must be emptied too."""
+        return self.joins and self.key_blocks > RUN_GROUPS * self.shape.flush
+
+    @property
     def cap(self) -> float:
         """The public reference in the unit of the products of rows."""
         return min((self.spec.score_cap or 0.0) / self.spec.scale, 3e38)
@@ -234,6 +240,8 @@ def buffers(plan: Plan) -> dict:
     found = {}
     if plan.noisy and shape.noise == "global":
         found["noise"] = (plan.programs, shape.slots, *own)
+    if plan.regroups:
+        found["far"] = (plan.programs, *own)
     if plan.row_noisy:
         found["row_noise"] = (plan.programs, shape.slots, plan.block_q)
     return found
