@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from dpfa_jax._typing import Operands, Spec
-from dpfa_jax.pallas import mosaic_gpu, triton
+from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_gradients, triton
 
 H200 = """
 gpu_device_info {
@@ -68,7 +68,7 @@ PROGRAMS = {
 
 PRIVATE = {**NOISY, "on_grid": True}
 ROWS = {"noise": "rows", "noise_std": 1.0, "row_clip": 1.0, "on_grid": True}
-# Forward kernels of backend="mosaic_gpu", written in the same way.
+# Kernels of backend="mosaic_gpu", gradients where it has its own, written in the same way.
 HOPPER = {
     "D64 hopper": (2048, 2, 2, 64, "bfloat16", PRIVATE),
     "D64 hopper causal": (2048, 2, 2, 64, "bfloat16", {**PRIVATE, "is_causal": True}),
@@ -95,6 +95,14 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 long", "dpfa_key_gradient_kernel"): 76,
     ("D128 float16", "dpfa_forward_kernel"): 68,
     ("D128 float16", "dpfa_key_gradient_kernel"): 44,
+    ("D64 hopper", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 4,
+    ("D64 hopper short", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 4,
+    ("D80 hopper", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 8,
+    ("D96 hopper", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 8,
+    ("D128 hopper causal", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 12,
+    ("D128 hopper short", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 8,
+    ("D128 hopper plain", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 4,
+    ("D128 hopper rows", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 4,
     ("D64 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 16,
     # Of the outer accumulator, at the end of a group of keys only.
     ("D128 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 144,
@@ -156,15 +164,19 @@ def _programs(case):
 def _hopper(case):
     *_, width, _, changes = case
     spec = Spec(**{"scale": width**-0.5, "score_cap": None, **changes})
-    _, (query, key, _, weights, data, _) = _programs(case)
+    _, arrays = _programs(case)
 
-    def run(query, key, value, weights, data):
+    def run(query, key, value, weights, data, cotangent):
         operands = Operands(query, key, value, weights, noise_key=data)
-        out, (clean, mass, factor, _) = mosaic_gpu.forward(operands, spec)
+        out, residuals = mosaic_gpu.forward(operands, spec)
         columns = None if spec.score_cap is None else mosaic_gpu.column_squares(operands, spec)
-        return out, clean, mass, factor, columns
+        clean, mass, factor, _ = residuals
+        grads = None
+        if mosaic_gpu_gradients.lacking(operands, spec) is None:
+            grads = mosaic_gpu.backward(operands, spec, residuals, cotangent)[:4]
+        return out, clean, mass, factor, columns, grads
 
-    return run, (query, key, key, weights, data)
+    return run, arrays
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from dpfa_jax.pallas import mosaic_gpu_kernels as kernels
 from dpfa_jax.pallas import triton
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
 from dpfa_jax.pallas.accumulators import rounding as rounding
-from dpfa_jax.pallas.triton import backward as backward
+from dpfa_jax.pallas.mosaic_gpu_gradients import backward as backward
 from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratch
 from dpfa_jax.pallas.triton_records import record_log_weights as record_log_weights
 
