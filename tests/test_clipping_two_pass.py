@@ -24,8 +24,8 @@ def _params():
     return {"w": jnp.asarray(w, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
 
 
-def _rows(count=6):
-    return jnp.asarray(np.random.default_rng(1).normal(size=(count, 5, 3)), jnp.float32)
+def _rows(count=6, length=5):
+    return jnp.asarray(np.random.default_rng(1).normal(size=(count, length, 3)), jnp.float32)
 
 
 by_rule = pytest.mark.parametrize("method", ["two_pass", "one_pass"])
@@ -66,9 +66,10 @@ def test_two_pass_of_a_bfloat16_model_sums_in_float32():
 
 
 @by_rule
-@pytest.mark.parametrize(("normalize", "size"), [(None, None), (0.3, 2)])
-def test_two_pass_equals_vmap_with_masks_bad_rows_and_aux(normalize, size, method):
-    rows = _rows().at[1, 2, 0].set(jnp.nan).at[4].set(jnp.inf)
+@pytest.mark.parametrize(("normalize", "size", "length"), [(None, None, 2), (0.3, 2, 5)])
+def test_two_pass_equals_vmap_with_masks_bad_rows_and_aux(normalize, size, length, method):
+    rows = _rows(length=length).at[1, 1, 0].set(jnp.nan).at[4].set(jnp.inf)
+    assert clipping.explain(_loss, _params(), rows).in_full == (("w",) if length == 5 else ())
     mask = jnp.array([False, True, True, True, True, True])
     loss = lambda params, x: (_loss(params, x), jnp.sum(x))  # noqa: E731
     options: dict[str, Any] = dict(
@@ -149,6 +150,34 @@ def test_sums_by_rule_are_those_of_the_definition_through_views_and_ties(method)
     assert common.distance(got.tree, want) <= 2**-12 * bound * 3
 
 
+@pytest.mark.parametrize(("length", "in_full"), [(3, ()), (40, ("table", "w"))])
+@pytest.mark.parametrize("remat", [False, True])
+def test_one_pass_makes_gradients_in_full_where_that_is_cheaper(length, in_full, remat):
+    def layer(w, x):
+        return jnp.tanh(x @ w)
+
+    def loss(params, tokens):
+        x = jnp.take(params["table"], tokens, axis=0)
+        x = (jax.checkpoint(layer) if remat else layer)(params["w"], x)
+        logits = jax.nn.log_softmax(x @ params["table"].T)
+        return -jnp.mean(jnp.take_along_axis(logits, tokens[:, None], 1))
+
+    source = np.random.default_rng(3)
+    params = {"table": source.normal(size=(16, 8)), "w": source.normal(size=(8, 8))}
+    params = jax.tree.map(jnp.float32, params)
+    tokens = jnp.asarray(source.integers(0, 16, (5, length)), jnp.int32)
+    made = clipping.explain(loss, params, tokens)
+    assert made.in_full == in_full and dict(made.full) == {}
+    # What jax.checkpoint is to forget is kept only for a rule.
+    assert made.forgoes_remat == (remat and not in_full)
+    rows = common.gradients_one_by_one(loss, params, (tokens,))
+    bound = sorted(common.length(row) for row in rows)[2]
+    run = clipping.clipped_grad(loss, clip_norm=bound, method="one_pass", microbatch_size=3)
+    want = common.clip_in_order(rows, bound * clipping.shrinkage(5))
+    got = jax.jit(run)(params, tokens)
+    assert common.distance(got.tree, want) <= 2**-12 * bound * 5 and int(got.clipped) == 3
+
+
 def test_one_pass_clips_groups_of_whole_parameters():
     params, rows = _params(), _rows()
     bounds = {"b": 0.3, "w": 0.5}
@@ -187,9 +216,13 @@ def test_explain_names_rules_reasons_and_a_choice():
     assert made.choice in str(made) and "in full, used in `add`" in str(made)
     short, long = (
         clipping.explain(_loss, _params(), jax.ShapeDtypeStruct((2, length, 3), jnp.float32))
-        for length in (64, 4096)
+        for length in (2, 4096)
     )
-    assert (short.choice, long.choice) == ("two_pass", "vmap")
+    assert (short.in_full, long.in_full) == ((), ("w",))
+    assert short.one_pass_bytes == 2 * (3 + 4) * 4 and long.one_pass_bytes == 12 * 4
     run = clipping.clipped_grad(_loss, clip_norm=1.0, method="auto")
     got = jax.eval_shape(run, _params(), _rows())
-    assert got.method == made.choice == "two_pass"
+    assert got.method == made.choice == "one_pass"
+    # Rows so short that their rule is cheapest, inside jax.checkpoint: not kept unasked.
+    inside = clipping.explain(jax.checkpoint(_loss), _params(), _rows(length=1))
+    assert inside.forgoes_remat and inside.choice == "two_pass" and "by name" in str(inside)

@@ -187,10 +187,18 @@ def test_product_norm_is_no_smaller_than_a_gradient_that_cancels():
     assert float(per_example.look_up_norm(indices, jnp.asarray(dy))) >= want
 
 
+def test_sum_of_squares_of_many_terms_keeps_its_digits():
+    # One long sum in float32 stops growing at 2²⁴ ones.
+    ones = jnp.ones((3, 2**13, 2**12), jnp.bfloat16).at[1, 0, 0].set(jnp.nan)
+    got = jax.jit(jax.vmap(per_example.sum_of_squares))(ones)
+    assert np.all(np.abs(np.asarray(got[::2], np.float64) / 2**25 - 1) <= 2**-12)
+    assert np.isnan(got[1])
+
+
 def test_costs_prefer_gradients_in_full_where_rows_are_long():
-    for length, full_is_cheaper in ((64, False), (4096, True)):
+    for length, full_is_cheaper in ((4, False), (4096, True)):
         spec = jax.ShapeDtypeStruct((length, 32), jnp.float32)
         weight = jax.ShapeDtypeStruct((32, 32), jnp.float32)
         closed = jax.make_jaxpr(lambda w, x: jnp.sum(jnp.sin(x @ w)))(weight, spec)
-        ((leaf, full, rule),) = per_example.costs(per_example.plan(closed.jaxpr, 1), [32 * 32])
-        assert leaf == 0 and (full < rule) == full_is_cheaper
+        (cost,) = per_example.costs(per_example.plan(closed.jaxpr, 1), [32 * 32])
+        assert cost.leaf == 0 and (cost.in_full < cost.norm) == full_is_cheaper

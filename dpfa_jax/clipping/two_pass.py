@@ -5,6 +5,7 @@ the norm of each row's whole gradient.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,39 +22,58 @@ from dpfa_jax.clipping.groups import Groups
 _NARROW = (jnp.bfloat16, jnp.float16)
 _NARROW_MARGIN = 1 - 2.0**-6
 _SMALLEST = 1e-9
+_CHEAPER = "cheaper than its rule"
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """How each parameter's norm would be found, and at what modelled cost.
 
+    Costs are those a row beyond the plain gradient, in multiplications; a byte moved counts 64 of
+    them where operands have 16 bits, and 8 where they have 32.
+
     Attributes:
       rules: path -> rule, for parameters whose norm needs no gradient.
       full: path -> reason, for parameters whose gradient is made for every row.
+      in_full: paths with a rule whose gradients "one_pass" makes all the same: they are cheaper.
       entries_in_full: entries of the parameters in `full` together: the memory a row takes.
-      vmap_cost: modelled cost a row of gradients in full, in multiplications, an array element that
-        is written and read counting 64.
-      two_pass_cost: modelled extra cost a row of a second pass and the rules, in the same unit.
+      one_pass_bytes: what "one_pass" keeps of a row: operands and cotangents, or gradients.
+      vmap_cost: of gradients in full, clipped as method "vmap" does.
+      two_pass_cost: of a second pass and the rules.
+      one_pass_cost: of the rules, or gradients in full, whichever is less.
+      forgoes_remat: whether "one_pass" would keep what jax.checkpoint is there to forget.
     """
 
     rules: Mapping[str, str]
     full: Mapping[str, str]
+    in_full: tuple[str, ...]
     entries_in_full: int
+    one_pass_bytes: int
     vmap_cost: float
     two_pass_cost: float
+    one_pass_cost: float
+    forgoes_remat: bool
 
     @property
     def choice(self) -> str:
-        """What "auto" takes."""
-        return "two_pass" if self.two_pass_cost < self.vmap_cost else "vmap"
+        """What "auto" takes: the cheapest, "one_pass" only where it keeps to jax.checkpoint."""
+        costs = {
+            "vmap": self.vmap_cost,
+            "one_pass": math.inf if self.forgoes_remat else self.one_pass_cost,
+            "two_pass": self.two_pass_cost,
+        }
+        return min(costs, key=lambda name: costs[name])
 
     def __str__(self):
         lines = [f"{path}: {rule}" for path, rule in self.rules.items()]
         lines += [f"{path}: in full, {reason}" for path, reason in self.full.items()]
+        lines += [f"{path}: in full for one_pass, {_CHEAPER}" for path in self.in_full]
         lines.append(
-            f"auto takes {self.choice}: modelled cost a row {self.two_pass_cost:.3g} for two_pass, "
-            f"{self.vmap_cost:.3g} for vmap"
+            f"auto takes {self.choice}: modelled cost a row {self.one_pass_cost:.3g} for one_pass, "
+            f"{self.two_pass_cost:.3g} for two_pass, {self.vmap_cost:.3g} for vmap"
         )
+        if self.forgoes_remat:
+            lines.append("one_pass would keep what jax.checkpoint forgets: ask for it by name")
         return "\n".join(lines)
 
 
@@ -83,6 +103,24 @@ class Passes:
           The factor.
         """
         return shrink * _NARROW_MARGIN if self.is_narrow else shrink
+
+    def chosen(self, sizes: list[int]) -> tuple[per_example.Plan, frozenset[int]]:
+        """What "one_pass" does with each parameter with a rule.
+
+        Args:
+          sizes: entries of each parameter leaf.
+
+        Returns:
+          (the plan, without parameters whose gradients come in full from inside jax.checkpoint;
+          those whose gradients it makes in full from their operands).
+
+        Guarantee: CL7 (two_pass.md); either way a norm is that of what is summed.
+        """
+        found = per_example.costs(self.plan, sizes)
+        dear = {cost.leaf for cost in found if cost.in_full < cost.norm}
+        inside = {use.leaf for use in self.plan.uses.values() if use.in_remat}
+        plan = per_example.without(self.plan, dear & inside, _CHEAPER)
+        return plan, frozenset(dear - inside)
 
     def _batched(self, leaves: list[Any], others: list[Any]) -> tuple[Any, per_example.Plan]:
         """The jaxpr of all rows at once, and its plan for the parameters with a rule."""
@@ -132,7 +170,7 @@ class Passes:
         )
         full = [leaf.astype(jnp.float32) for leaf in full]
         for leaf in full:
-            squares = squares + jnp.sum(jnp.square(leaf.reshape(leaf.shape[0], -1)), axis=1)
+            squares = squares + jax.vmap(per_example.sum_of_squares)(leaf)
         good = present & jnp.isfinite(squares)
         norms = jnp.sqrt(jnp.where(good, squares, 0.0))[:, None]
         over, factor = factors(
@@ -250,10 +288,15 @@ def report(passes: Passes, params: Any) -> Report:
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
     sizes = [leaf.size for _, leaf in flat]
     table = list(per_example.costs(passes.plan, sizes))
+    plan, _ = passes.chosen(sizes)
     return Report(
         {paths[number]: rule for number, rule in sorted(passes.plan.rules.items())},
         {paths[number]: why for number, why in sorted(passes.plan.reasons.items())},
+        tuple(paths[cost.leaf] for cost in table if cost.in_full < cost.norm),
         sum(sizes[number] for number in passes.plan.reasons),
-        sum(vmap for _, vmap, _ in table),
-        sum(two for _, _, two in table),
+        sum(cost.made if cost.in_full < cost.norm else cost.kept for cost in table),
+        sum(cost.vmap for cost in table),
+        sum(cost.again + cost.norm for cost in table),
+        sum(min(cost.in_full, cost.norm) for cost in table),
+        any(use.in_remat for use in plan.uses.values()),
     )

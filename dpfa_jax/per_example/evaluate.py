@@ -13,6 +13,7 @@ from jax.extend import core
 
 from dpfa_jax import _primitives
 from dpfa_jax.per_example import rules
+from dpfa_jax.per_example.norms import not_below_0
 from dpfa_jax.per_example.plan import INLINE, REMAT, Path, Plan, equation_at, inner
 
 type _Replace = Callable[[Path, Any, list[Any]], Any]
@@ -127,7 +128,7 @@ def squared_norms(
         (some, square), out = jax.grad(loss, argnums=(0, 1), has_aux=True)(
             [params[number] for number in full], probe
         )
-        return jnp.maximum(square, 0.0), some, out
+        return not_below_0(square), some, out
 
     return one
 

@@ -6,7 +6,8 @@ a place where the rule stands; all others are named with the reason.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,8 +18,11 @@ _KEEP_NORMS = frozenset(
 )
 INLINE = frozenset({"jit", "pjit", "closed_call"})
 REMAT = frozenset({"remat2", "checkpoint", "remat"})
-MEMORY_WORD = 64
-"""Modelled cost of one array element written and read, in multiplications."""
+BYTE_COST = MappingProxyType({2: 64.0, 4: 8.0})
+"""Modelled cost of one byte moved, in multiplications of operands of so many bytes."""
+
+VMAP_PASSES = 6.0
+"""How often method "vmap" reads or writes the gradients of rows: found, clipped, added."""
 
 type Path = tuple[int, ...]
 
@@ -35,6 +39,9 @@ class Use:
         None after a reshape.
       in_remat: whether the place is recomputed in the backward pass.
       rows: how often the parameter is used per entry: the length that the gradient sums over.
+      contracted: entries of the parameter that one sum of the product runs over; of a look-up, the
+        entries of one row.
+      itemsize: bytes of an entry of the cotangent.
     """
 
     leaf: int
@@ -43,6 +50,8 @@ class Use:
     axes: tuple[int, ...] | None
     in_remat: bool
     rows: int
+    contracted: int
+    itemsize: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +173,16 @@ class _Analysis:
             return
         if name == "gather":
             rows, rule = equation.invars[1].aval.size, "look-up"
+            entries = equation.invars[0].aval.size // max(1, equation.invars[0].aval.shape[0])
         else:
             own, contracted = equation.params["dimension_numbers"][0][:: 1 if side == 0 else -1]
             axes = None if axes is None else tuple(axes[i] for i in own)
             other = equation.invars[1 - side].aval
             rows = math.prod(n for i, n in enumerate(other.shape) if i not in contracted)
             rule = "matrix product"
-        self.uses[path] = Use(view.leaf, rule, side, axes, in_remat, rows)
+            entries = math.prod(n for i, n in enumerate(other.shape) if i in contracted)
+        itemsize = equation.outvars[0].aval.dtype.itemsize
+        self.uses[path] = Use(view.leaf, rule, side, axes, in_remat, rows, entries, itemsize)
 
     def walk(
         self, jaxpr: Any, views: list[_View | None], path: Path, in_remat: bool
@@ -267,23 +279,59 @@ def without(made: Plan, leaves: Iterable[int], reason: str) -> Plan:
     )
 
 
-def costs(made: Plan, sizes: list[int]) -> Iterator[tuple[int, float, float]]:
-    """Modelled cost for each parameter with a rule: in full for every row, and by its rule.
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Modelled extra cost of one row's gradient of one parameter with a rule, in multiplications.
+
+    Attributes:
+      leaf: the parameter's number.
+      in_full: the gradient is written, read for its norm, and read for the sum.
+      norm: its norm by the rule, and weights on the narrower of the operands of the sum.
+      again: one more forward and backward pass without parameter gradients.
+      vmap: the gradient is clipped by itself, in several passes over it.
+      kept: bytes of what the gradient is made of.
+      made: bytes of the gradient.
+    """
+
+    leaf: int
+    in_full: float
+    norm: float
+    again: float
+    vmap: float
+    kept: int
+    made: int
+
+
+def _product_cost(use: Use, size: int) -> tuple[float, float, float, int]:
+    """(in_full, norm, again, kept) of one matrix product."""
+    byte = BYTE_COST[2 if use.itemsize <= 2 else 4]
+    other = size // max(1, use.contracted)
+    both, less = use.contracted + other, min(use.contracted, other)
+    gram = use.rows**2 * (both + 8.0 * byte)
+    direct = use.rows * size + 8.0 * size * byte
+    norm = min(gram, direct) + 2.0 * use.rows * less * use.itemsize * byte
+    in_full = 3.0 * size * use.itemsize * byte
+    return in_full, norm, 2.0 * use.rows * size, use.rows * both * use.itemsize
+
+
+def costs(made: Plan, sizes: list[int]) -> list[Cost]:
+    """Modelled costs for each parameter with a rule.
 
     Args:
       made: the plan.
       sizes: entries of each parameter leaf.
 
     Returns:
-      (leaf, in full, by rule), in multiplications a row, an element written and read counting 64.
-      In full: the gradient is written, read twice and summed. By rule: what one more forward and
-      backward pass without parameter gradients multiplies.
+      One `Cost` per parameter, in order. What any way has to do is left out: the passes that plain
+      gradients take, and look-ups, whose rule never needs a gradient.
     """
-    for leaf in made.rules:
-        rows = sum(use.rows for use in made.uses.values() if use.leaf == leaf)
-        dense = sum(
-            use.rows
-            for use in made.uses.values()
-            if use.leaf == leaf and use.rule == "matrix product"
-        )
-        yield leaf, 12.0 * MEMORY_WORD * sizes[leaf], 4.0 * dense * sizes[leaf] + rows * rows
+    table = []
+    for leaf in sorted(made.rules):
+        uses = [use for use in made.uses.values() if use.leaf == leaf]
+        found = [_product_cost(use, sizes[leaf]) for use in uses if use.rule == "matrix product"]
+        in_full, norm, again, kept = found[0] if found else (math.inf, 0.0, 0.0, 0)
+        itemsize = max(use.itemsize for use in uses)
+        entries = sizes[leaf] * itemsize
+        vmap = VMAP_PASSES * entries * BYTE_COST[2 if itemsize <= 2 else 4]
+        table.append(Cost(leaf, in_full, norm, again, vmap, kept, entries))
+    return table

@@ -13,70 +13,7 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
 from dpfa_jax import _primitives
-
-_MEMORY_WORD = 64
-
-
-def _wide_dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    """left · rightᵀ in float32."""
-    return jax.lax.dot_general(
-        left, right, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
-    )
-
-
-def product_norm(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """‖xᵀ·dy‖² without anything larger than it has to be: from Gram matrices, or directly.
-
-    Args:
-      x: (rows, d), what the parameter was multiplied with.
-      dy: (rows, p), cotangent of the product.
-
-    Returns:
-      float32 scalar: the squared norm, plus 2⁻²⁰ of (Σ ‖x_t‖‖dy_t‖)², which covers the rounding of
-      a sum that cancels.
-
-    Guarantee: CL4 (rules.md).
-    Source: Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679 (Gram matrices).
-
-    Example:
-      >>> x, dy = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[3.0], [1.0]])
-      >>> round(float(product_norm(x, dy)), 3)  # 3² + 2²
-      13.0
-    """
-    x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-    (rows, d), p = x.shape, dy.shape[1]
-    if rows == 1:
-        return jnp.sum(jnp.square(x)) * jnp.sum(jnp.square(dy))
-    squares = jnp.sum(jnp.square(x), axis=1) * jnp.sum(jnp.square(dy), axis=1)
-    slack = 2.0**-20 * jnp.square(jnp.sum(jnp.sqrt(squares)))
-    gram = rows * rows * (d + p + _MEMORY_WORD)
-    if gram < d * p * (rows + _MEMORY_WORD):
-        return jnp.sum(_wide_dot(x, x) * _wide_dot(dy, dy)) + slack
-    return jnp.sum(jnp.square(_wide_dot(x.T, dy.T))) + slack
-
-
-def look_up_norm(indices: jax.Array, dy: jax.Array) -> jax.Array:
-    """Squared norm of a table's gradient: rows of `dy` with one index add up before the square.
-
-    Args:
-      indices: (rows,) integers.
-      dy: (rows, d), cotangent of the rows looked up.
-
-    Returns:
-      float32 scalar, with the slack of `product_norm`.
-
-    Guarantee: CL4 (rules.md).
-
-    Example:
-      >>> round(float(look_up_norm(jnp.array([5, 5, 2]), jnp.array([[1.0], [1.0], [3.0]]))), 3)
-      13.0
-    """
-    dy = dy.astype(jnp.float32)
-    same = indices[:, None] == indices[None, :]
-    lengths = jnp.sqrt(jnp.sum(jnp.square(dy), axis=1))
-    return jnp.sum(jnp.where(same, _wide_dot(dy, dy), 0.0)) + 2.0**-20 * jnp.square(
-        jnp.sum(lengths)
-    )
+from dpfa_jax.per_example.norms import look_up_norm, product_norm, wide_product
 
 
 def _matrices(equation: Any, side: int, row: jax.Array, dy: jax.Array) -> tuple[Any, Any]:
@@ -156,8 +93,7 @@ def product_norm_site(equation: Any, side: int) -> Callable[..., Any]:
         crossed = None
         if indices is not None:
             # The rows of this gradient, dYᵀ·X, that the look-up's gradient has too.
-            x32, picked = x.astype(jnp.float32), wide.astype(jnp.float32)[:, indices]
-            crossed = _wide_dot(picked.T, x32.T)
+            crossed = wide_product(wide[:, indices], x, [0], [0])
         return (*pull(dy), None, product_norm(x, wide), None, crossed)
 
     site.defvjp(forward, backward)
@@ -196,8 +132,9 @@ def look_up_norm_site(equation: Any) -> Callable[..., Any]:
         starts, shape = saved
         dy, crossed = cotangents
         indices, valid = read_indices(equation, starts, shape.shape[1])
-        dy = jnp.where(valid[:, None], dy.reshape(indices.size, -1).astype(jnp.float32), 0.0)
-        return None, None, look_up_norm(indices, dy) + 2.0 * jnp.sum(dy * crossed)
+        dy = jnp.where(valid[:, None], dy.reshape(indices.size, -1), 0)
+        both = jnp.sum(dy.astype(jnp.float32) * crossed)
+        return None, None, look_up_norm(indices, dy) + 2.0 * both
 
     site.defvjp(forward, backward)
     return site
@@ -223,27 +160,6 @@ def read_indices(equation: Any, starts: jax.Array, length: int) -> tuple[jax.Arr
         GatherScatterMode.PROMISE_IN_BOUNDS,
     )
     return jnp.clip(indices, 0, length - 1), jnp.ones_like(inside) if clips else inside
-
-
-def _float32_product(row: jax.Array, dy: jax.Array, left: list[int], right: list[int]) -> jax.Array:
-    """The product contracted over these axes, every sum in float32."""
-
-    def product(row, dy):
-        return jax.lax.dot_general(
-            row,
-            dy,
-            ((left, right), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-
-    def widened(row, dy):
-        return product(row.astype(jnp.float32), dy.astype(jnp.float32))
-
-    if row.dtype == dy.dtype and row.dtype in (jnp.bfloat16, jnp.float16):
-        # Narrow operands into a wide sum is what a GPU does, and what XLA's CPU backend lacks.
-        return jax.lax.platform_dependent(row, dy, cpu=widened, default=product)
-    return widened(row, dy)
 
 
 def product_sum_site(equation: Any, side: int) -> Callable[..., Any]:
@@ -275,7 +191,7 @@ def product_sum_site(equation: Any, side: int) -> Callable[..., Any]:
         free = [i for i in range(row.ndim) if i not in other]
         wide = theta.ndim - len(own)
         first = 0 if side == 1 else wide
-        grad = _float32_product(row, dy, free, [first + i for i in range(len(free))])
+        grad = wide_product(row, dy, free, [first + i for i in range(len(free))])
         # Its axes: the row's contracted ones in the row's order, then the parameter's free ones.
         ordered = [axis for _, axis in sorted(zip(other, own, strict=True))]
         ordered += [i for i in range(theta.ndim) if i not in own]
@@ -339,8 +255,25 @@ def pair_norm(equation: Any, side: int, met: jax.Array, dy: jax.Array, theta: An
 def _read(equation: Any, starts: jax.Array, dy: jax.Array, theta: Any) -> tuple[Any, jax.Array]:
     """The rows read, and their cotangents (reads, entries), 0 for reads outside the table."""
     indices, valid = read_indices(equation, starts, theta.shape[0])
-    wide = dy.reshape(indices.size, -1).astype(jnp.float32)
-    return indices, jnp.where(valid[:, None], wide, 0.0)
+    return indices, jnp.where(valid[:, None], dy.reshape(indices.size, -1), 0)
+
+
+def pair_product(equation: Any, side: int, met: jax.Array, dy: jax.Array) -> jax.Array:
+    """One row's parameter gradient at a product, rounded to the dtype that it is computed in.
+
+    Args:
+      equation: the product.
+      side: which operand is the parameter.
+      met: the other operand, of one row.
+      dy: its cotangent, of one row.
+
+    Returns:
+      (entries of the free axes, entries of the contracted axes).
+
+    Guarantee: CL4 (rules.md).
+    """
+    x, wide = _matrices(equation, side, met, dy)
+    return wide_product(wide, x, [0], [0]).astype(dy.dtype)
 
 
 def pair_cross(
@@ -350,6 +283,7 @@ def pair_cross(
     first: tuple[Any, Any],
     second: tuple[Any, Any],
     table: Any,
+    made: jax.Array | None = None,
 ) -> jax.Array:
     """Inner product of the two parts of one row's gradient of a tied embedding.
 
@@ -360,6 +294,7 @@ def pair_cross(
       first: what the look-up read, and its cotangent, of one row.
       second: what the product multiplied, and its cotangent, of one row.
       table: the parameter as the look-up sees it, for its shape.
+      made: the row's `pair_product` at the product, where it is at hand.
 
     Returns:
       float32 scalar.
@@ -367,9 +302,31 @@ def pair_cross(
     Guarantee: CL4 (rules.md).
     """
     indices, dy = _read(look_up, *first, table)
-    x, wide = _matrices(product, side, *second)
-    picked = wide.astype(jnp.float32)[:, indices]
-    return jnp.sum(dy * _wide_dot(picked.T, x.astype(jnp.float32).T))
+    if made is not None:
+        picked = made[indices].astype(jnp.float32)
+    else:
+        x, wide = _matrices(product, side, *second)
+        picked = wide_product(wide[:, indices], x, [0], [0])
+    return jnp.sum(dy.astype(jnp.float32) * picked)
+
+
+def _ordered(equation: Any, side: int, theta: Any, is_contracted_first: bool) -> Any:
+    """A function from a place's gradient as a matrix to one of the parameter's shape there."""
+    own = sorted(equation.params["dimension_numbers"][0][side])
+    free = [i for i in range(len(theta.shape)) if i not in own]
+    axes = [*own, *free] if is_contracted_first else [*free, *own]
+
+    def order(matrix):
+        grad = matrix.reshape([theta.shape[i] for i in axes])
+        return grad.transpose([axes.index(i) for i in range(len(theta.shape))])
+
+    return order
+
+
+def _times(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """Each row times its weight, 0 for the weight 0, in the dtype of the rows."""
+    along = weights.reshape(-1, *(1,) * (rows.ndim - 1))
+    return jnp.where(along == 0, 0.0, rows.astype(jnp.float32) * along).astype(rows.dtype)
 
 
 def pair_sum(
@@ -380,8 +337,8 @@ def pair_sum(
     Args:
       equation: the place's.
       side: which operand is the parameter.
-      met: the other operand, (rows, ...).
-      dy: the place's cotangent, (rows, ...).
+      met: the other operand, (rows, ...); finite, also where the weight is 0.
+      dy: the place's cotangent, (rows, ...); likewise.
       weights: float32 (rows,).
       theta: the parameter as it stands there, for its shape.
 
@@ -390,14 +347,37 @@ def pair_sum(
 
     Guarantee: CL4 (rules.md).
     """
-    dy = dy.astype(jnp.float32) * weights.reshape(-1, *(1,) * (dy.ndim - 1))
     if equation.primitive.name == "gather":
+        dy = _times(dy.astype(jnp.float32), weights)
         indices, rows = jax.vmap(lambda one, d: _read(equation, one, d, theta))(met, dy)
         total = _primitives.vary_alike(jnp.zeros(theta.shape, jnp.float32), rows)[0]
         return total.at[indices.reshape(-1)].add(rows.reshape(-1, *theta.shape[1:]))
-    x, wide = jax.vmap(lambda one, d: _matrices(equation, side, one, d))(met, dy.astype(met.dtype))
+    x, wide = jax.vmap(lambda one, d: _matrices(equation, side, one, d))(met, dy)
+    # The narrower of the two carries the weights: fewer bytes.
+    if x.shape[-1] <= wide.shape[-1]:
+        x = _times(x, weights)
+    else:
+        wide = _times(wide, weights)
     x, wide = x.reshape(-1, x.shape[-1]), wide.reshape(-1, wide.shape[-1])
-    own = sorted(equation.params["dimension_numbers"][0][side])
-    ordered = [*own, *(i for i in range(len(theta.shape)) if i not in own)]
-    grad = _float32_product(x, wide, [0], [0]).reshape([theta.shape[i] for i in ordered])
-    return grad.transpose([ordered.index(i) for i in range(len(theta.shape))])
+    return _ordered(equation, side, theta, True)(wide_product(x, wide, [0], [0]))
+
+
+def product_sum(
+    equation: Any, side: int, products: jax.Array, weights: jax.Array, theta: Any
+) -> jax.Array:
+    """The weighted sum over rows of what `pair_product` made of them.
+
+    Args:
+      equation: the product.
+      side: which operand is the parameter.
+      products: (rows, free, contracted), anything in rows of weight 0.
+      weights: float32 (rows,).
+      theta: the parameter as it stands there, for its shape.
+
+    Returns:
+      float32 array of the parameter's shape there.
+
+    Guarantee: CL4 (rules.md).
+    """
+    total = jnp.sum(_times(products.astype(jnp.float32), weights), axis=0)
+    return _ordered(equation, side, theta, False)(total)
