@@ -61,15 +61,18 @@ class Case:
 SIZES = {
     # 50,257 symbols, padded to a multiple of 64 for every method alike
     "gpt2": _gpt2.Size(layers=12, width=768, heads=12, vocabulary=50304),
+    "gpt2-2": _gpt2.Size(layers=2, width=768, heads=12, vocabulary=50304),
     "1b": _gpt2.Size(layers=18, width=2048, heads=16, vocabulary=50304),
     "smoke": _gpt2.Size(layers=1, width=32, heads=2, vocabulary=96),
 }
 
 CASES = (
-    Case("gpt2", 64, 256, False, ("plain", "auto", "one_pass", "two_pass", "optax", "vmap")),
-    Case("gpt2", 32, 1024, False, ("plain", "auto", "one_pass", "optax", "two_pass")),
+    Case("gpt2", 64, 256, False, ("plain", "auto", "one_pass", "two_pass", "optax")),
+    Case("gpt2", 32, 1024, False, ("plain", "auto", "one_pass", "optax")),
+    Case("gpt2", 256, 128, False, ("plain", "auto", "one_pass")),
+    # Two layers, because method "vmap" of twelve takes minutes to compile
+    Case("gpt2-2", 64, 256, False, ("plain", "auto", "one_pass", "two_pass", "optax", "vmap")),
     Case("gpt2", 32, 1024, True, ("plain", "auto", "one_pass")),
-    Case("gpt2", 256, 128, False, ("plain", "auto", "one_pass", "optax")),
     Case("1b", 8, 2048, True, ("plain", "auto", "one_pass")),
     Case("gpt2", 64, 256, True, ("plain", "auto", "one_pass")),
 )
@@ -152,6 +155,9 @@ class _Programs:
     case: Case
     init: concurrent.futures.Future
     programs: dict[str, concurrent.futures.Future]
+
+    def all(self) -> list[concurrent.futures.Future]:
+        return [self.init, *self.programs.values()]
 
 
 def _compile(
@@ -251,6 +257,9 @@ def measure(
         print(
             f"{watch.seconds():.0f} s: traced {case.model} {case.batch} x {case.length}", flush=True
         )
+    # Nothing is timed while XLA tries kernels out on the same device.
+    concurrent.futures.wait([each for found in compiling for each in found.all()], left())
+    print(f"{watch.seconds():.0f} s: compiled", flush=True)
     gate, *compiling = compiling
     if len(_time(gate, run, lambda: limit)) != len(_methods(GATE)):
         raise RuntimeError("A method did not run on the small model.")
@@ -266,7 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="a small model, on any device")
     parser.add_argument("--results", type=pathlib.Path, default=_common.RESULTS)
     parser.add_argument("--seconds", type=float, default=600.0, help="what is later is left out")
-    parser.add_argument("--cases", default="0,1,2,3,4,5", help="numbers of the cases")
+    parser.add_argument("--cases", default="0,1,2,3,4,5,6", help="numbers of the cases")
     given = parser.parse_args(arguments)
     if given.smoke:
         small = dataclasses.replace(GATE, methods=("plain",), iterations=2)
