@@ -189,11 +189,19 @@ def private_release(value: Any, event: Hashable, shared: Sequence[str] = ()) -> 
     """The value itself, marked in the jaxpr as one release charged as `event`.
 
     Args:
-      value: the released array.
+      value: the released array. Along mesh axes where it is known to be equal on all shards, they
+        release one thing together.
       event: a frozen accounting event.
-      shared: mesh axes whose shards release one thing together: `event` is what all of them cost.
+      shared: more mesh axes of which that holds: `event` is what all of their shards cost.
     """
-    return private_release_p.bind(value, event=event, count=1, shared=tuple(shared))
+    own = varying(value)
+    same = [
+        name
+        for name in manual_axes()
+        if name not in own and name in varying(jax.lax.axis_index(name))  # else nobody knows
+    ]
+    shared = tuple(sorted({*shared, *same}))
+    return private_release_p.bind(value, event=event, count=1, shared=shared)
 
 
 # wide -------------------------------------------------------------------------------------------

@@ -110,6 +110,8 @@ def test_privatize_adds_the_same_words_to_parts_on_one_two_and_eight_devices(dev
         )
     assert optim.event(after) == optim.event(other) == accounting.Repeated(STEP, 1)
     np.testing.assert_array_equal(after.key_data, other.key_data)
+    # Counted once, although eight devices run it.
+    assert accounting.events(step, PARAMS, state, _rows()) == STEP
 
 
 def test_normals_of_parts_are_the_slices_of_the_whole_and_no_two_repeat():

@@ -250,6 +250,7 @@ def _in_shard_map(tx, devices: int, *, summed: bool = True, check_vma: bool = Tr
     specs = dict(in_specs=(P(), P(), P("data")), out_specs=(P(), P()), check_vma=check_vma)
     mapped = jax.jit(jax.shard_map(step, mesh=_mesh(devices), **specs))
     share = jax.tree.map(lambda leaf: jnp.stack([leaf / devices] * devices), SUMS)
+    assert accounting.events(mapped, PARAMS, tx.init(PARAMS), share) == STEP
     return mapped(PARAMS, tx.init(PARAMS), share)
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from scipy import stats
 
-from dpfa_jax import _primitives, accounting
+from dpfa_jax import _primitives, accounting, mechanisms, random
 from dpfa_jax.accounting import Composed, Gaussian, Laplace, NoRelease, Repeated
 
 ONE, TWO = Gaussian(2.0, 10), Laplace(3.0)
@@ -65,7 +66,31 @@ CASES = {
         jax.shard_map(
             one, mesh=mesh(2, 4), in_specs=PartitionSpec("a"), out_specs=PartitionSpec("a")
         ),
+        2,  # equal along the other axis
+    ),
+    "shard_map over two axes, nothing known": (
+        jax.shard_map(
+            one,
+            mesh=mesh(2, 4),
+            in_specs=PartitionSpec("a"),
+            out_specs=PartitionSpec("a"),
+            check_vma=False,
+        ),
         8,
+    ),
+    "equal on all shards": (
+        jax.shard_map(one, mesh=mesh(2, 4), in_specs=PartitionSpec(), out_specs=PartitionSpec()),
+        1,
+    ),
+    "equal on all shards, nothing known": (
+        jax.shard_map(
+            one,
+            mesh=mesh(4),
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        ),
+        4,
     ),
     "shard_map over one of two axes": (
         jax.jit(
@@ -161,6 +186,36 @@ def test_events_sees_through_custom_derivatives():
     # A release in the backward pass is a release.
     both = accounting.events(jax.grad(lambda x: private(x).sum()), SPEC)
     assert both == Composed((ONE, TWO))
+
+
+def _noised(x, rng, *, summed):
+    """A sum over shards with noise on it, or shares of the sum with noise of their own."""
+    x = jax.lax.psum(x, "a") if summed else x
+    noisy = mechanisms.gaussian(rng, x, noise_std=2.0)
+    noisy = _primitives.private_release(noisy, ONE)
+    return noisy if summed else jax.lax.psum(noisy, "a")
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize(("summed", "count"), [(True, 1), (False, 4)])
+def test_events_counts_noise_that_is_added_once_once_and_shares_of_it_each(summed, count, rounds):
+    def run(x, rng):
+        def step(total, key):
+            return total + _noised(x, key, summed=summed), None
+
+        return jax.lax.scan(step, jnp.zeros(1), random.split(rng, rounds))[0]
+
+    specs = (PartitionSpec("a"), PartitionSpec())
+    mapped = jax.shard_map(run, mesh=mesh(4), in_specs=specs, out_specs=PartitionSpec())
+    found = accounting.events(mapped, SPEC, jax.random.key(0))
+    count *= rounds
+    assert found == (ONE if count == 1 else Repeated(ONE, count))
+    if rounds == 1:  # what was counted is what happens: one noise of 2, or four
+        out = [jax.jit(mapped)(jnp.ones(4), jax.random.key(seed))[0] - 4.0 for seed in range(200)]
+        law = stats.chi2(200)
+        square = float(np.sum(np.square(out))) / (4.0 * count)
+        assert law.ppf(5e-7) < square < law.isf(5e-7)  # false with probability 1e-6
+        assert not law.ppf(5e-7) < square * 4.0 < law.isf(5e-7)
 
 
 def test_events_keeps_different_releases_apart():

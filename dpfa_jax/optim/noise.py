@@ -319,7 +319,8 @@ def add_noise(
         noisy = [to_grid(a + std * b, step) for a, b in zip(leaves, normals, strict=True)]
     # The tree is one release on all shards: marking every leaf would charge it again for each.
     largest = max(range(len(noisy)), key=lambda index: noisy[index].size)
-    noisy[largest] = _primitives.private_release(noisy[largest], event)
+    shards = _primitives.manual_axes()
+    noisy[largest] = _primitives.private_release(noisy[largest], event, shared=shards)
     return jax.tree.unflatten(structure, noisy)
 
 
