@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from dpfa_jax._typing import Operands, Spec
-from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_gradients, triton
+from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_gradients, norms, triton
 
 H200 = """
 gpu_device_info {
@@ -85,6 +85,14 @@ HOPPER = {
     "D256 hopper": (512, 2, 2, 256, "bfloat16", PRIVATE),
 }
 
+# Norms of gradients, (batch, rows, d, p): from Gram tiles, and from tiles of the product.
+NORMS = {
+    "norm Gram": (64, 256, 768, 3072),
+    "norm Gram, tails": (64, 200, 776, 3080),
+    "norm direct": (8, 2048, 768, 768),
+    "norm direct, tails": (8, 2000, 776, 776),
+}
+
 # (program, kernel): bytes that may be spilled; what is not here may spill nothing.
 ALLOWED: dict[tuple[str, str], int] = {
     ("D80", "dpfa_key_gradient_kernel"): 60,
@@ -110,6 +118,7 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper window", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 20,
     ("D128 hopper window", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 264,
+    ("norm Gram, tails", "dpfa_gram_kernel"): 200,
 }
 
 # (program, kernel) whose matrix products ptxas puts one after another: slower than need be.
@@ -179,6 +188,12 @@ def _hopper(case):
     return run, arrays
 
 
+def _norms(case):
+    batch, rows, *widths = case
+    specs = tuple(jax.ShapeDtypeStruct((batch, rows, width), jnp.bfloat16) for width in widths)
+    return jax.vmap(norms.product_norm), specs
+
+
 @contextlib.contextmanager
 def _kept_output(folder: str):
     """Mosaic GPU compiles in this process and prints its reports: they go to a file beside."""
@@ -221,6 +236,7 @@ def main() -> None:
         _keep_reports(folder)
         made = {name: _programs(case) for name, case in PROGRAMS.items()}
         made |= {name: _hopper(case) for name, case in HOPPER.items()}
+        made |= {name: _norms(case) for name, case in NORMS.items()}
         for name, (fun, specs) in made.items():
             specs = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for s in specs]
             with _kept_output(folder):
