@@ -150,7 +150,8 @@ def test_the_audit_catches_a_little_less_noise():
 
 def test_every_shard_has_noise_of_its_own():
     devices = jax.devices("gpu")
-    mesh = jax.make_mesh((len(devices),), ("x",), devices=devices)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((len(devices),), ("x",), axis_types=auto, devices=devices)
     rows = jnp.ones((2 * len(devices), 64, 2, 64), jnp.bfloat16)
     mechanism = dpfa_jax.IndependentNoise(1.0, value_bound=1.0, score_cap=1.0)
     spec = jax.sharding.PartitionSpec("x")
