@@ -132,6 +132,30 @@ def _attend_backward(plan, saved, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _readers(axes: tuple[str, ...], gathered: bool, query: jax.Array) -> jax.Array:
+    """All queries, on every shard. Their gradient is added over the shards in float32."""
+    if gathered:
+        return lax.all_gather(query, axes, axis=1, tiled=True)
+    return lax.pcast(query, axes, to="varying")
+
+
+def _readers_forward(axes, gathered, query):
+    return _readers(axes, gathered, query), None
+
+
+def _readers_backward(axes, gathered, _, cotangent):
+    wide = cotangent.astype(jnp.float32)
+    if gathered:
+        wide = lax.psum_scatter(wide, axes, scatter_dimension=1, tiled=True)
+    else:
+        wide = lax.psum(wide, axes)
+    return (wide.astype(cotangent.dtype),)
+
+
+_readers.defvjp(_readers_forward, _readers_backward)
+
+
 def _axes(axis_name: str | Sequence[str]) -> tuple[str, ...]:
     """The mesh axes named, each checked to be one that runs once per shard and is tracked."""
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
@@ -274,17 +298,16 @@ def context_parallel_attention(
     query_ok = clipping.finite_rows(query)
     sharded, shared = {"key": key, "value": value}, {"rng": rng}
     (sharded if shard_queries else shared)["query"] = query
-    readers = jnp.where(query_ok[..., None], query, jnp.zeros((), query.dtype))
-    if shard_queries:
-        _check_sharding(axes, sharded, shared)
-        readers = lax.all_gather(readers, axes, axis=1, tiled=True)
-        if query_segments is not None:
-            query_segments = lax.all_gather(query_segments, axes, axis=1, tiled=True)
+    _check_sharding(axes, sharded, shared)
+    readers: Any = jnp.where(query_ok[..., None], query, jnp.zeros((), query.dtype))
+    readers = _readers(axes, shard_queries, readers)
+    if shard_queries and query_segments is not None:
+        query_segments = lax.all_gather(query_segments, axes, axis=1, tiled=True)
     call = releases.Call.of(readers.shape, key.shape, value.shape)
     mask = arguments.boolean_mask(mask, call)
     lengths = arguments.lengths(key_value_seq_lengths, call)
     base = arguments.base_log_weights(key_log_weights, call)
-    _check_sharding(axes, sharded, {**shared, "key_value_seq_lengths": lengths})
+    _check_sharding(axes, {}, {"key_value_seq_lengths": lengths})
     _check.flag("is_causal", is_causal)
     window = arguments.window(local_window_size)
     scale = _check.real("scale", 1 / math.sqrt(call.query_dim) if scale is None else scale)

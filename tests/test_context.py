@@ -27,194 +27,184 @@ def mesh(*sizes, names=("seq",)):
     return jax.make_mesh(sizes or (SHARDS,), names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def arrays(seed=0, keys=S, queries=T, memories=B):
-    source = np.random.default_rng(seed)
-    shapes = (B, queries, N, H), (memories, keys, K, H), (memories, keys, K, WIDTH)
+def arrays():
+    source = np.random.default_rng(0)
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, WIDTH)
     return [jnp.asarray(source.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def sharded(mechanism, *, shard_queries=False, on=None, extra=(), out=None, **options):
-    """The call over shards; `extra` names further array arguments and their specs."""
-    spec = ROWS if shard_queries else P()
+def attend(mechanism, axes="seq", names=(), **options):
+    """The call of one shard; `names` says what its further arguments are."""
 
-    def attend(query, key, value, rng, *more):
-        given = dict(zip(dict(extra), more, strict=True))
+    def one(query, key, value, rng, *more):
         return dpfa_jax.context_parallel_attention(
             query,
             key,
             value,
-            axis_name="seq",
+            axis_name=axes,
             mechanism=mechanism,
             rng=rng,
             queries="public",
-            shard_queries=shard_queries,
             **options,
-            **given,
+            **dict(zip(names, more, strict=True)),
         )
 
-    specs = (spec, ROWS, ROWS, P(), *dict(extra).values())
-    out = spec if out is None else out
-    return jax.shard_map(attend, mesh=on or mesh(), in_specs=specs, out_specs=out)
+    return one
 
 
-def whole(mechanism, extra=(), **options):
-    def attend(query, key, value, rng, *more):
-        given = dict(zip(dict(extra), more, strict=True))
+def sharded(mechanism, *, shard_queries=False, **options):
+    spec = ROWS if shard_queries else P()
+    return jax.shard_map(
+        attend(mechanism, shard_queries=shard_queries, **options),
+        mesh=mesh(),
+        in_specs=(spec, ROWS, ROWS, P()),
+        out_specs=spec,
+    )
+
+
+def whole(mechanism, names=(), **options):
+    def one(query, key, value, rng, *more):
+        given = options | dict(zip(names, more, strict=True))
         return dpfa_jax.private_attention(
-            query, key, value, mechanism=mechanism, rng=rng, queries="public", **options, **given
+            query, key, value, mechanism=mechanism, rng=rng, queries="public", **given
         )
 
-    return attend
+    return one
 
 
-def both(attend):
+def both(call):
     """Answer and gradients of one call."""
 
-    def loss(query, key, value, *rest):
-        out = attend(query, key, value, *rest)
-        return jnp.sum(jnp.sin(jnp.nan_to_num(out))), out
+    def loss(query, key, value, rng):
+        out = call(query, key, value, rng)
+        return jnp.sum(jnp.sin(out)), out
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (_, out), grads = run(*arrays(), KEY)
+    return out, *grads
 
 
-# name: (backend, mechanism, shard_queries, options)
-CASES = {
-    "causal": ("xla", INDEPENDENT, False, {"is_causal": True}),
-    "window of clipped": ("xla", CLIPPED, True, {"local_window_size": (6, 3)}),
-    "kernel, causal": ("triton", INDEPENDENT, True, {"is_causal": True}),
-    "kernel, window of clipped": ("triton", CLIPPED, False, {"local_window_size": (6, 3)}),
+# Little noise: its public grid is finer than float32, and its size, in which backends differ in the
+# last digits, hides nothing.
+QUIET = {
+    "independent": dataclasses.replace(INDEPENDENT, noise_multiplier=1e-7, floor=0.5),
+    "clipped": dataclasses.replace(CLIPPED, noise_multiplier=1e-7, floor=0.5),
 }
+MASKS = {"independent": {"is_causal": True}, "clipped": {"local_window_size": (6, 3)}}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_context_parallel_attention_equals_the_unsharded_call(name):
-    backend, mechanism, shard_queries, options = CASES[name]
-    # Little noise: its public grid is finer than float32, and its size, which the number of
-    # shards moves in the last digits, hides nothing.
-    mechanism = dataclasses.replace(mechanism, noise_multiplier=1e-5, floor=0.5)
-    given = (*arrays(), KEY)
-    options = {**options, "backend": backend}
-    (_, got), got_grads = both(sharded(mechanism, shard_queries=shard_queries, **options))(*given)
-    (_, want), want_grads = both(whole(mechanism, **options))(*given)
-    for ours, theirs in zip((got, *got_grads), (want, *want_grads), strict=True):
-        assert np.max(np.abs(ours - theirs)) <= 2e-6 * np.max(np.abs(theirs))
-    # A shard that took its own positions for those of the whole would answer otherwise.
-    masked = jax.jit(whole(mechanism, backend=backend))(*given)
-    assert np.max(np.abs(masked - want)) > 0.05
+@functools.cache
+def _unsharded(name):
+    return both(whole(QUIET[name], backend="xla", **MASKS[name]))
 
 
-def test_what_shards_mask_is_left_out():
-    # Five records on the last shard but one, none on the last; NaN, −∞ and False here and there.
+@pytest.mark.parametrize(
+    ("backend", "name", "shard_queries"),
+    [
+        ("xla", "independent", False),
+        ("xla", "clipped", True),
+        ("triton", "independent", True),
+        pytest.param("triton", "clipped", False, marks=pytest.mark.slow),
+    ],
+)
+def test_context_parallel_attention_equals_the_unsharded_call(backend, name, shard_queries):
+    call = sharded(QUIET[name], shard_queries=shard_queries, backend=backend, **MASKS[name])
+    for ours, theirs in zip(both(call), _unsharded(name), strict=True):
+        assert np.max(np.abs(ours - theirs)) <= 3e-6 * np.max(np.abs(theirs))
+
+
+def test_what_shards_mask_is_left_out_and_all_have_the_same_answer():
+    # Records on the first seven shards alone, five of them on the last of these; NaN, −∞ and False
+    # here and there.
     query, key, value = arrays()
-    lengths = jnp.asarray([35, 17])
     source = np.random.default_rng(3)
     weights = np.log(source.uniform(0.1, 1, (B, S)))
     weights[0, 3] = -np.inf
-    mask = jnp.asarray(source.random((B, 1, T, S)) < 0.8)
-    ids = source.integers(0, 2, (B, T)), source.integers(0, 2, (B, S))
     key, value = key.at[1, 16, 0, 1].set(jnp.nan), value.at[0, 20, 0, 2].set(jnp.inf)
     query = query.at[0, 5, 1, 0].set(jnp.nan)
-    extra = {
-        "key_value_seq_lengths": P(),
-        "key_log_weights": ROWS,
-        "mask": P(None, None, None, "seq"),
-        "segment_ids": (P(), ROWS),
+    options = {
+        "key_value_seq_lengths": (jnp.asarray([35, 17]), P()),
+        "key_log_weights": (jnp.asarray(weights), ROWS),
+        "mask": (jnp.asarray(source.random((B, 1, T, S)) < 0.8), P(None, None, None, "seq")),
+        "segment_ids": (
+            (
+                jnp.asarray(source.integers(0, 2, (B, T))),
+                jnp.asarray(source.integers(0, 2, (B, S))),
+            ),
+            (P(), ROWS),
+        ),
     }
-    more = (lengths, jnp.asarray(weights), mask, tuple(map(jnp.asarray, ids)))
-    turned = dataclasses.replace(
-        INDEPENDENT, noise_multiplier=1e-5, floor=0.5, adjacency=dpfa_jax.REPLACE_ONE
+    turned = dataclasses.replace(QUIET["independent"], adjacency=dpfa_jax.REPLACE_ONE)
+    one = attend(turned, names=options, backend="xla")
+    copies = jax.shard_map(
+        lambda *given: jax.lax.pcast(one(*given)[None], "seq", to="varying"),
+        mesh=mesh(),
+        in_specs=(P(), ROWS, ROWS, P(), *(spec for _, spec in options.values())),
+        out_specs=P("seq"),
     )
-    given = (query, key, value, KEY, *more)
-    got = np.asarray(jax.jit(sharded(turned, extra=extra, backend="xla"))(*given))
-    want = np.asarray(jax.jit(whole(turned, extra=extra, backend="xla"))(*given))
+    given = (query, key, value, KEY, *(array for array, _ in options.values()))
+    got = np.asarray(jax.jit(copies)(*given))
+    want = np.asarray(jax.jit(whole(turned, names=options, backend="xla"))(*given))
     assert np.all(np.isnan(want[0, 5, 1])) and np.isnan(want).sum() == WIDTH
-    assert np.allclose(got, want, rtol=0, atol=2e-6, equal_nan=True)
+    assert np.allclose(got[0], want, rtol=0, atol=2e-6, equal_nan=True)
+    assert got.shape[0] == SHARDS
+    assert all(np.array_equal(got[0], other, equal_nan=True) for other in got[1:])
 
 
 # Noise -------------------------------------------------------------------------------------------
 
+# Without records and without a denominator the answer is the noise over the floor.
+BARE = dataclasses.replace(INDEPENDENT, denominator_weight=0.0, floor=1e6)
 
-def _folded(query, key, value, rng):
-    """A wrong version: what private_attention does on every shard, and a mean."""
-    shard = whole(INDEPENDENT, backend="xla")(query, key, value, rng)
-    return jax.lax.pmean(shard, "seq")
+
+def _noise(out):
+    """The noise of an answer without records, and its grid, in standard deviations."""
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, WIDTH)
+    std = context.noise_std(
+        BARE, releases.Call.of(*shapes), shards=SHARDS, rounding=reference.rounding
+    )
+    return np.asarray(out) * 1e6 / std, grid_step(std) / std
+
+
+def _words(rng):
+    return reference.noise_field(random.key_data(rng), B, T, N, WIDTH)[0]
 
 
 @pytest.mark.parametrize("shard_queries", [False, True])
 def test_noise_is_drawn_once_from_the_words_of_the_unsharded_call(shard_queries):
-    # Without a record the numerator is the noise, in steps of the public grid.
     query, key, value = arrays()
-    mechanism = dataclasses.replace(INDEPENDENT, denominator_weight=0.0, floor=1e6)
-    call = releases.Call.of(query.shape, key.shape, value.shape)
-    none = jnp.full_like(key, jnp.nan)
-    out = jax.jit(sharded(mechanism, shard_queries=shard_queries, backend="xla"))(
-        query, none, value, KEY
+    run = jax.jit(sharded(BARE, shard_queries=shard_queries, backend="xla"))
+    noise, step = _noise(run(query, jnp.full_like(key, jnp.nan), value, KEY))
+    assert np.max(np.abs(noise - _words(KEY))) <= 0.51 * step
+    # Noise of every shard, or none, is far from that.
+    folded = sum(_words(random.fold_in(KEY, shard)) for shard in range(SHARDS))
+    for wrong in (folded, folded / math.sqrt(SHARDS), 0 * folded):
+        assert np.max(np.abs(wrong - noise)) > 1
+
+
+def test_other_mesh_axes_and_examples_of_a_vmap_are_calls_of_their_own():
+    query, key, value = arrays()
+    query, key, value = (
+        jnp.concatenate([x, x]) for x in (query, jnp.full_like(key, jnp.nan), value)
     )
-    matrix, _ = reference.noise_field(random.key_data(KEY), *out.shape)
-    std = context.noise_std(mechanism, call, shards=SHARDS, rounding=reference.rounding)
-    assert np.max(np.abs(out * 1e6 - std * matrix)) <= 0.51 * grid_step(std)
-    # Every shard's own noise, or none, is far away.
-    wrong = jax.shard_map(_folded, mesh=mesh(), in_specs=(P(), ROWS, ROWS, P()), out_specs=P())
-    assert np.max(np.abs(wrong(query, none, value, KEY) - out)) > 0.1
-
-
-def test_every_shard_has_the_same_answer():
-    query, key, value = arrays()
-
-    def attend(*given):
-        out = context.context_parallel_attention(
-            *given[:3], axis_name="seq", mechanism=CLIPPED, rng=given[3], queries="public"
-        )
-        return jax.lax.pcast(out[None], "seq", to="varying")
-
-    run = jax.shard_map(attend, mesh=mesh(), in_specs=(P(), ROWS, ROWS, P()), out_specs=P("seq"))
-    copies = np.asarray(jax.jit(run)(query, key, value, KEY))
-    assert copies.shape[0] == SHARDS
-    assert all(np.array_equal(copies[0], other) for other in copies[1:])
-
-
-def test_other_mesh_axes_are_calls_of_their_own():
-    query, key, value = arrays()
-    two = [jnp.concatenate([x, x]) for x in (query, key, value)]
-    names = ("data", "a", "b")
-
-    def attend(query, key, value, rng):
-        return context.context_parallel_attention(
-            query,
-            key,
-            value,
-            axis_name=("a", "b"),
-            mechanism=INDEPENDENT,
-            rng=rng,
-            queries="public",
-            is_causal=True,
-        )
-
     rows = P("data", ("a", "b"))
     run = jax.shard_map(
-        attend,
-        mesh=mesh(2, 2, 2, names=names),
+        attend(BARE, axes=("a", "b"), backend="xla", is_causal=True),
+        mesh=mesh(2, 2, 2, names=("data", "a", "b")),
         in_specs=(P("data"), rows, rows, P()),
         out_specs=P("data"),
     )
-    out = jax.jit(run)(*two, KEY)
-    for index in range(2):
-        alone = jax.jit(whole(INDEPENDENT, is_causal=True, backend="xla"))(
-            query, key, value, random.fold_in(KEY, index)
-        )
-        assert np.max(np.abs(out[B * index : B * index + B] - alone)) < 0.01
-    event = INDEPENDENT.event(query.shape, key.shape, value.shape)
-    assert accounting.events(run, *two, KEY) == accounting.Repeated(event, 2)
-
-
-def test_vmap_gives_every_example_noise_of_its_own():
-    query, key, value = arrays(memories=1)
-    three = jnp.stack([query] * 3)
-    run = jax.vmap(sharded(INDEPENDENT, backend="xla"), (0, None, None, None))
-    out = np.asarray(jax.jit(run)(three, key, value, KEY))
-    assert len(np.unique(out[:, 0, 0, 0, 0])) == 3
-    event = INDEPENDENT.event(query.shape, key.shape, value.shape)
-    assert accounting.events(run, three, key, value, KEY) == accounting.Repeated(event, 3)
+    run = jax.vmap(run, (0, None, None, None))
+    given = jnp.stack([query] * 3), key, value, KEY
+    noise, step = _noise(jax.jit(run)(*given))
+    want = [
+        [_words(random.fold_in(random.fold_in(KEY, data), example)) for data in range(2)]
+        for example in range(3)
+    ]
+    # Four shards for eight: the noise differs in the last digits.
+    assert np.max(np.abs(noise - np.asarray(want).reshape(noise.shape))) <= 0.51 * step + 1e-5
+    event = BARE.event((B, T, N, H), (B, S, K, H), (B, S, K, WIDTH))
+    assert accounting.events(run, *given) == accounting.Repeated(event, 6)
 
 
 # What it costs -----------------------------------------------------------------------------------
@@ -255,23 +245,15 @@ def test_noise_std_covers_every_changed_shard(mechanism, adjacency):
 # What is refused ---------------------------------------------------------------------------------
 
 
-def _ask(specs, *, check_vma=True, out=None, mechanism=INDEPENDENT, axis="seq", **options):
-    def attend(query, key, value, rng):
-        return context.context_parallel_attention(
-            query,
-            key,
-            value,
-            axis_name=axis,
-            mechanism=mechanism,
-            rng=rng,
-            queries="public",
-            **options,
-        )
-
+def _ask(specs, *, check_vma=True, mechanism=INDEPENDENT, axes="seq", **options):
     run = jax.shard_map(
-        attend, mesh=mesh(), in_specs=specs, out_specs=out or P(), check_vma=check_vma
+        attend(mechanism, axes=axes, **options),
+        mesh=mesh(),
+        in_specs=specs,
+        out_specs=P(),
+        check_vma=check_vma,
     )
-    return jax.eval_shape(run, *arrays(), options.pop("rng", KEY))
+    return jax.eval_shape(run, *arrays(), KEY)
 
 
 def test_records_that_every_shard_has_are_refused():
@@ -284,18 +266,13 @@ def test_records_that_every_shard_has_are_refused():
 
 
 def test_keys_that_differ_between_shards_are_refused():
-    def attend(query, key, value, rngs):
-        return context.context_parallel_attention(
-            query,
-            key,
-            value,
-            axis_name="seq",
-            mechanism=INDEPENDENT,
-            rng=rngs[0],
-            queries="public",
-        )
-
-    run = jax.shard_map(attend, mesh=mesh(), in_specs=(P(), ROWS, ROWS, P("seq")), out_specs=P())
+    one = attend(INDEPENDENT)
+    run = jax.shard_map(
+        lambda query, key, value, rngs: one(query, key, value, rngs[0]),
+        mesh=mesh(),
+        in_specs=(P(), ROWS, ROWS, P("seq")),
+        out_specs=P(),
+    )
     with pytest.raises(ValueError, match="rng to be the same on all shards"):
         jax.eval_shape(run, *arrays(), random.split(KEY, SHARDS))
     with pytest.raises(ValueError, match="query to be the same on all shards"):
@@ -303,14 +280,15 @@ def test_keys_that_differ_between_shards_are_refused():
 
 
 def test_a_key_that_is_a_constant_is_refused():
-    def attend(query, key, value):
-        return context.context_parallel_attention(
-            query, key, value, axis_name="seq", mechanism=INDEPENDENT, rng=KEY, queries="public"
-        )
-
-    run = jax.shard_map(attend, mesh=mesh(), in_specs=(P(), ROWS, ROWS), out_specs=P())
+    one = attend(INDEPENDENT)
+    run = jax.shard_map(
+        lambda query, key, value: one(query, key, value, KEY),
+        mesh=mesh(),
+        in_specs=(P(), ROWS, ROWS),
+        out_specs=P(),
+    )
     with pytest.raises(ValueError, match="argument of the function being traced"):
-        jax.jit(run)(*arrays())
+        jax.eval_shape(run, *arrays())
 
 
 def test_places_where_nothing_can_be_checked_are_refused():
@@ -318,25 +296,16 @@ def test_places_where_nothing_can_be_checked_are_refused():
     with pytest.raises(ValueError, match="check_vma=False"):
         _ask(good, check_vma=False)
     with pytest.raises(ValueError, match="manual mesh axis"):
-        _ask(good, axis="other")
+        _ask(good, axes="other")
+    one = attend(INDEPENDENT)
     with pytest.raises(ValueError, match=r"inside jax\.shard_map"):
-        context.context_parallel_attention(
-            *arrays(), axis_name="seq", mechanism=INDEPENDENT, rng=KEY, queries="public"
-        )
-    mapped = functools.partial(
-        context.context_parallel_attention,
-        axis_name="seq",
-        mechanism=INDEPENDENT,
-        queries="public",
-    )
+        one(*arrays(), KEY)
+    query, key, value = arrays()
     with pytest.raises(ValueError, match=r"inside jax\.shard_map"):
-        jax.vmap(lambda k: mapped(arrays()[0], k, k, rng=KEY), axis_name="seq")(
-            jnp.stack([arrays()[1]] * 4)
-        )
-    with pytest.raises(ValueError, match="different mesh axes"):
-        _ask(good, axis=())
-    with pytest.raises(ValueError, match="different mesh axes"):
-        _ask(good, axis=("seq", "seq"))
+        jax.vmap(lambda k: one(query, k, value, KEY), axis_name="seq")(jnp.stack([key] * 4))
+    for axes in ((), ("seq", "seq")):
+        with pytest.raises(ValueError, match="different mesh axes"):
+            _ask(good, axes=axes)
 
 
 @pytest.mark.parametrize(
@@ -359,19 +328,12 @@ def test_a_backend_without_sums_is_refused():
 
 
 def test_lengths_of_single_shards_are_refused():
-    def attend(query, key, value, rng, lengths):
-        return context.context_parallel_attention(
-            query,
-            key,
-            value,
-            axis_name="seq",
-            mechanism=INDEPENDENT,
-            rng=rng,
-            queries="public",
-            key_value_seq_lengths=lengths[0],
-        )
-
-    specs = (P(), ROWS, ROWS, P(), P("seq"))
-    run = jax.shard_map(attend, mesh=mesh(), in_specs=specs, out_specs=P())
+    one = attend(INDEPENDENT, names=("key_value_seq_lengths",))
+    run = jax.shard_map(
+        lambda *given: one(*given[:4], given[4][0]),
+        mesh=mesh(),
+        in_specs=(P(), ROWS, ROWS, P(), P("seq")),
+        out_specs=P(),
+    )
     with pytest.raises(ValueError, match="key_value_seq_lengths to be the same on all shards"):
         jax.eval_shape(run, *arrays(), KEY, jnp.zeros((SHARDS, B), jnp.int32))
