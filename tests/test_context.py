@@ -90,7 +90,11 @@ QUIET = {
     "independent": dataclasses.replace(INDEPENDENT, noise_multiplier=1e-7, floor=0.5),
     "clipped": dataclasses.replace(CLIPPED, noise_multiplier=1e-7, floor=0.5),
 }
-MASKS = {"independent": {"is_causal": True}, "clipped": {"local_window_size": (6, 3)}}
+# Causal queries see the first 16 records at most; lengths end inside the third and second shard.
+MASKS = {
+    "independent": {"is_causal": True, "key_value_seq_lengths": np.array([13, 6])},
+    "clipped": {"local_window_size": (6, 3)},
+}
 
 
 @functools.cache
@@ -149,6 +153,27 @@ def test_what_shards_mask_is_left_out_and_all_have_the_same_answer():
     assert np.allclose(got[0], want, rtol=0, atol=2e-6, equal_nan=True)
     assert got.shape[0] == SHARDS
     assert all(np.array_equal(got[0], other, equal_nan=True) for other in got[1:])
+
+
+def _collectives(jaxpr):
+    """(name, dtype) of everything that the equations of a jaxpr add up over a mesh axis."""
+    for equation in jaxpr.eqns:
+        if "psum" in equation.primitive.name or "reduce_scatter" in equation.primitive.name:
+            yield from ((equation.primitive.name, str(x.aval.dtype)) for x in equation.invars)
+        for inner in jax.tree.leaves(
+            tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _collectives(inner)
+
+
+@pytest.mark.parametrize("shard_queries", [False, True])
+def test_sums_cross_devices_as_integers(shard_queries):
+    # What F5 needs: a float32 sum would round by what all records share.
+    closed = jax.make_jaxpr(sharded(CLIPPED, shard_queries=shard_queries))(*arrays(), KEY)
+    found = list(_collectives(closed.jaxpr))
+    assert len(found) == 2 and {dtype for _, dtype in found} == {"int32"}, found
 
 
 # Noise -------------------------------------------------------------------------------------------
