@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from dpfa_jax import ZERO_OUT, accounting, clipping, optim, random
 from dpfa_jax.clipping import partition
 from dpfa_jax.optim import words
-from tests.optim_common import SAMPLER, private
+from tests.optim_common import SAMPLER, certificate, private
 
 ROWS, C = 16, 0.7
 # Cut along the rows, along the columns (stretches of 3 and 24 scalars), along both, and not at all.
@@ -48,9 +48,9 @@ def _loss(params, x):
     return jnp.sum(hidden) + jnp.sum(params["both"]) * x[0] + params["whole"] @ x[:5]
 
 
-def _private(specs, noise_multiplier=2.0):
+def _private(specs):
     return optim.privatize(
-        noise_multiplier=noise_multiplier,
+        noise_multiplier=2.0,
         sampling=SAMPLER,
         rng=jax.random.key(0),
         partition_specs=specs,
@@ -62,56 +62,51 @@ def _summed(params, x, specs, names):
     return clipping.clipped_grad(_loss, clip_norm=C)(whole, x).psum(names, specs)
 
 
-def _trainer(sizes, specs, noise_multiplier=2.0):
-    """Jitted (params, state, rows) -> (updates, state), everything sharded as the specs say."""
-    mesh, tx = _mesh(*sizes), _private(specs, noise_multiplier)
-    names = mesh.axis_names
-
-    def step(params, state, x):
-        c = _summed(params, x, specs, names)
-        assert c.sensitivity(ZERO_OUT) == C
-        return tx.update(c.tree, state, params, clipped=c)
-
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, P(), P(names)), out_specs=(specs, P()))
-    return tx, jax.jit(mapped)
-
-
 @functools.cache
 def _rows():
     source = np.random.default_rng(0)
     return jnp.asarray(np.abs(source.normal(size=(ROWS, 16))) + 0.1, jnp.float32)
 
 
+def _sums():
+    """A sum that the test chose: multiples of ½, which any order of addition adds exactly."""
+    return jax.tree.map(lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) - 30.5, PARAMS)
+
+
 @functools.cache
 def _alone():
-    """Noise and state of one step on one device, without a mesh."""
+    """Update and state of one step on one device, without a mesh."""
     tx = private()
 
     @jax.jit
-    def step(state, x):
-        c = clipping.clipped_grad(_loss, clip_norm=C)(PARAMS, x)
+    def step(state, sums):
+        c = certificate(sums)
         return tx.update(c.tree, state, clipped=c)
 
-    updates, state = step(tx.init(PARAMS), _rows())
-    return updates, state
+    return step(tx.init(PARAMS), _sums())
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_privatize_adds_the_same_words_to_parts_on_one_two_and_eight_devices(devices):
-    tx, step = _trainer((devices,), SPECS)
+    tx, mesh = _private(SPECS), _mesh(devices)
+
+    def step(params, state, share):
+        c = certificate(jax.tree.map(lambda leaf: leaf[0], share)).psum("a", SPECS)
+        return tx.update(c.tree, state, params, clipped=c)
+
+    mapped = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(SPECS, P(), P("a")), out_specs=(SPECS, P()))
+    )
     state = tx.init(PARAMS)
-    updates, after = step(PARAMS, state, _rows())
+    share = jax.tree.map(lambda leaf: jnp.stack([leaf / devices] * devices), _sums())
+    updates, after = mapped(PARAMS, state, share)
     expected, other = _alone()
     for name in PARAMS:
-        # The sums differ by the allowance for rounding on more shards, 2⁻¹⁶ of at most 16·C, and
-        # so may stand one grid step of 2⁻¹⁰ away; other words would differ by whole numbers.
-        np.testing.assert_allclose(
-            16 * updates[name], 16 * expected[name], rtol=0, atol=2.0**-10 + 2.0**-11
-        )
+        np.testing.assert_array_equal(updates[name], expected[name])
     assert optim.event(after) == optim.event(other) == accounting.Repeated(STEP, 1)
     np.testing.assert_array_equal(after.key_data, other.key_data)
     # Counted once, although eight devices run it.
-    assert accounting.events(step, PARAMS, state, _rows()) == STEP
+    assert accounting.events(mapped, PARAMS, state, share) == STEP
 
 
 def test_normals_of_parts_are_the_slices_of_the_whole_and_no_two_repeat():
@@ -170,14 +165,18 @@ def test_gather_joins_parts_and_psum_cuts_them_as_their_specs_say():
 
 
 def test_sensitivity_of_parts_is_that_of_the_joint_norm():
-    tx, step = _trainer((8,), SPECS, noise_multiplier=0.0)
-    state, largest = tx.init(PARAMS), 0.0
+    def summed(params, x):
+        c = _summed(params, x, SPECS, "a")
+        assert c.sensitivity(ZERO_OUT) == C
+        return c.tree
+
+    run = jax.jit(jax.shard_map(summed, mesh=_mesh(8), in_specs=(SPECS, P("a")), out_specs=SPECS))
+    largest = 0.0
     for scale, row in ((1.0, 0), (1.0, 5), (100.0, 15), (1e-2, 3)):
         x = scale * _rows()
         for given in (x, jnp.zeros_like(x).at[row].set(x[row])):
-            whole, _ = step(PARAMS, state, given)
-            other, _ = step(PARAMS, state, given.at[row].set(0.0))
-            moved = [16 * (np.float64(whole[name]) - other[name]) for name in PARAMS]
+            whole, other = run(PARAMS, given), run(PARAMS, given.at[row].set(0.0))
+            moved = [np.float64(whole[name]) - other[name] for name in PARAMS]
             largest = max(largest, math.sqrt(sum(np.sum(leaf**2) for leaf in moved)))
     assert 0.99 * C <= largest <= C
 
