@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import scipy.stats
 from dp_accounting import dp_event
@@ -124,16 +125,22 @@ def _oracle(event, steps: int) -> float:
     return found
 
 
-def test_epsilon_equals_dp_accounting_at_every_step():
+def test_epsilon_equals_dp_accounting_at_every_step_through_checkpoints(tmp_path):
     # A rate at which dp_accounting's series for real orders converges to 1e-8.
     sampler = sampling.Poisson(1024, 1 / 64)
     tx = optax.chain(private(1.1, sampler=sampler), optax.adam(1e-3))
     params, state = PARAMS, tx.init(PARAMS)
     step = stepper(tx)
     event = dp_event.PoissonSampledDpEvent(1 / 64, dp_event.GaussianDpEvent(1.1))
-    for count in range(1, 13):
-        params, state = step(params, state, PARAMS)
-        assert optim.epsilon(state, DELTA) == pytest.approx(_oracle(event, count), rel=1e-6)
+    with ocp.StandardCheckpointer() as checkpointer:
+        for count in range(1, 13):
+            params, state = step(params, state, PARAMS)
+            path = tmp_path / str(count)
+            checkpointer.save(path, state)
+            checkpointer.wait_until_finished()
+            # What the next step goes on from is what was read.
+            state = checkpointer.restore(path, jax.eval_shape(lambda: tx.init(PARAMS)))
+            assert optim.epsilon(state, DELTA) == pytest.approx(_oracle(event, count), rel=1e-6)
     assert optim.event(state) == accounting.Repeated(sampler.event(1.1, COORDINATES, 64), 12)
     pld = optim.epsilon(state, DELTA, method="pld")
     assert pld == accounting.pld.epsilon(optim.event(state), DELTA) < optim.epsilon(state, DELTA)

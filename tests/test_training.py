@@ -122,6 +122,53 @@ def test_epsilon_of_a_checkpoint_is_that_of_dp_accounting(tmp_path):
         assert oracle.get_epsilon(DELTA) * 0.99 < found < oracle.get_epsilon(DELTA) * 1.01
 
 
+def test_training_without_noise_or_a_bound_is_gradient_descent():
+    everyone = sampling.Poisson(40, 1.0)
+    noise = optim.privatize(noise_multiplier=0.0, sampling=everyone, rng=jax.random.key(0))
+    tx = optax.chain(noise, optax.sgd(0.05))
+    clipped = clipping.clipped_grad(_loss, clip_norm=1e30)
+
+    def mean(params):
+        return jnp.mean(jax.vmap(_loss, (None, 0))(params, RECORDS))
+
+    def step(carry, _):
+        params, plain, state, drawn = carry
+        batch, drawn = everyone.next(drawn)
+        c = clipped(params, batch.gather(RECORDS), mask=batch.mask)
+        updates, state = tx.update(c.tree, state, params, clipped=c)
+        params = optax.apply_updates(params, updates)
+        plain = jax.tree.map(lambda leaf, g: leaf - 0.05 * g, plain, jax.grad(mean)(plain))
+        return (params, plain, state, drawn), None
+
+    start = (PARAMS, PARAMS, tx.init(PARAMS), everyone.init(jax.random.key(1)))
+    ours, plain, state, _ = jax.jit(lambda c: jax.lax.scan(step, c, length=20)[0])(start)
+    assert float(jnp.linalg.norm(plain["w"])) > 0.1
+    for name in PARAMS:
+        np.testing.assert_allclose(ours[name], plain[name], rtol=1e-5, atol=1e-6)
+    assert optim.epsilon(state[0], DELTA) == math.inf
+
+
+def test_units_without_rows_or_with_nothing_but_nans_add_nothing():
+    run = clipping.clipped_grad(_loss, clip_norm=1.0, unit=3)
+    ids = jnp.arange(40) % 3
+    nobody = jnp.zeros(40, bool)
+    poisoned = jax.tree.map(lambda leaf: jnp.full_like(leaf, math.nan), RECORDS)
+    summed = jax.jit(lambda records, mask, ids: run(PARAMS, records, mask=mask, unit_ids=ids))
+    for records, mask, own, bad in (
+        (RECORDS, nobody, ids, 0),
+        (poisoned, nobody, ids, 0),
+        (poisoned, ~nobody, ids, 3),
+        (RECORDS, ~nobody, ids - 3, 0),  # all outside of [0, 3)
+    ):
+        made = summed(records, mask, own)
+        assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(made.tree))
+        assert int(made.nonfinite) == bad
+    # One bad row takes its unit with it, and nobody else's.
+    one = RECORDS | {"x": RECORDS["x"].at[0].set(math.nan)}
+    made, without = summed(one, ~nobody, ids), summed(RECORDS, ids != 0, ids)
+    assert _bits(made.tree) == _bits(without.tree) and int(made.nonfinite) == 1
+
+
 def test_empty_batches_release_noise_and_are_charged():
     nobody = sampling.TruncatedPoisson(40, 1e-12, 4)
     tx = optim.privatize(noise_multiplier=1.0, sampling=nobody, rng=jax.random.key(0))
