@@ -182,27 +182,33 @@ def _adjacency(options: argparse.Namespace) -> str:
     return unit if rows == 1 else f"{unit}, up to {rows:,} rows of one person (GROUP({rows}))"
 
 
-def _gains(event: Event) -> dict[str, float]:
+def _gains(event: Event, delta: float) -> dict[str, float]:
+    loss = attacker.largest_loss(event, delta)
     return {
         "advantage": attacker.advantage(event),
         "true_positive_rate_at_1_percent": attacker.true_positive_rate(event, 0.01),
         "true_positive_rate_at_0.1_percent": attacker.true_positive_rate(event, 0.001),
+        "odds_factor": math.exp(loss) if loss < 709.0 else math.inf,
+        "belief_from_one_half": attacker.belief(event, 0.5, failure=delta),
+        "belief_fails_with": delta,
     }
 
 
 def _gain_lines(gains: dict[str, float]) -> list[str]:
-    first, second, third = gains.values()
+    first, second, third, odds, belief, failure = gains.values()
     return [
         "An attacker who knows everything but one record:",
         f"  tells whether it is there with advantage at most {first:.4g}",
         f"  finds at most {second:.4g} of the members at a false-positive rate of 0.01",
         f"  finds at most {third:.4g} of the members at a false-positive rate of 0.001",
+        f"  has its odds multiplied by at most {odds:.4g}: a belief of 0.5 grows to {belief:.4g},",
+        f"  but for outputs of probability {failure:.3g}",
     ]
 
 
 def _cost(event: Event, delta: float) -> tuple[dict[str, Any], list[str]]:
     found = accounting.report(event, delta)
-    gains = _gains(event)
+    gains = _gains(event, delta)
     result = {
         "epsilon": found.epsilon,
         "delta": found.delta,
@@ -300,14 +306,21 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             for z in (noise * factor for factor in factors)
         ],
     }
-    if rate is not None:
+    if rate is not None and options.records is not None:
+        sizes = dict.fromkeys(max(1, round(rate * options.records * factor)) for factor in factors)
+        tables["batch size"] = [
+            (size, cost(_step(options, noise, size / options.records), steps))
+            for size in sizes
+            if size <= options.records
+        ]
+    elif rate is not None:
         tables["sampling rate"] = [
             (q, cost(_step(options, noise, q), steps))
             for q in (rate * factor for factor in factors)
             if q <= 1.0
         ]
     event = accounting.Repeated(base, steps)
-    gains, curve = _gains(event), attacker.trade_off(event, points=41)
+    gains, curve = _gains(event, options.delta), attacker.trade_off(event, points=41)
     result: dict[str, Any] = {
         "delta": options.delta,
         "event": ledger.to_json(event),

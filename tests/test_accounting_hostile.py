@@ -12,6 +12,7 @@ from dpfa_jax.accounting import convert, gdp, pld, rdp, subsample
 from dpfa_jax.accounting.event import (
     BoundedRange,
     Composed,
+    Deviation,
     DiscreteGaussian,
     ExponentialMechanism,
     Gaussian,
@@ -38,6 +39,7 @@ EVENTS = (
     *(Skellam(9.0, 3.0, 2.0), PoissonSampled(Gaussian(1.0), 0.01), NonPrivate(), NoRelease()),
     *(TruncatedPoissonSampled(Gaussian(1.0), 0.01, 1000, 40), Repeated(Gaussian(9.0), 5)),
     *(SampledWithoutReplacement(2.0, 1.0, 10, 1000), Composed((Gaussian(2.0), Laplace(3.0)))),
+    *(Deviation(1e-4), Repeated(Deviation(5e-324), 10**300)),
 )
 ERRORS = (TypeError, ValueError, NotImplementedError)
 
@@ -72,6 +74,12 @@ NUMBERS = (
     ("convert.zcdp_rho", convert.zcdp_rho, 2, "mu"),
     ("convert.epsilons", lambda a, r, d: float(convert.epsilons(a, r, d)[0]), 3, "epsilon"),
     ("attacker.posterior", accounting.attacker.posterior, 2, "delta"),
+    (
+        "attacker.largest_loss",
+        lambda z, f: accounting.attacker.largest_loss(Gaussian(z), f),
+        2,
+        "epsilon",
+    ),
 )
 MAKERS = (
     (Gaussian, 2),
@@ -80,6 +88,7 @@ MAKERS = (
     (ExponentialMechanism, 2),
     (RandomizedResponse, 1),
     (BoundedRange, 1),
+    (Deviation, 1),
     (Skellam, 3),
     (lambda z, q: PoissonSampled(Gaussian(z), q), 2),
     (lambda z, q, n, k: TruncatedPoissonSampled(Gaussian(z), q, n, k), 4),

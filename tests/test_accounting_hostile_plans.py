@@ -167,6 +167,7 @@ def test_hostile_schedules_never_cost_less():
 
 
 @pytest.mark.slow
-def test_ten_thousand_hostile_plans_never_cost_more_than_they_say():
-    through = attack(PLANS, 10_000, seed=2)
-    assert min(through.values()) >= 20, through
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_ten_thousand_hostile_plans_never_cost_more_than_they_say(seed):
+    through = attack(PLANS, 1000, seed=seed)  # ten seeds
+    assert min(through.values()) >= 2, through

@@ -30,7 +30,7 @@ LAYERS = (
     " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise",
     "pallas.accumulators",
     "pallas.mosaic_gpu_plan",
-    "accounting.convert accounting.subsample accounting.groups auditing clipping.certificate"
+    "accounting.convert accounting.subsample auditing clipping.certificate"
     " clipping._batch per_example.plan pallas.norms"
     " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels"
     " pallas.mosaic_gpu_gradient_blocks",
@@ -43,7 +43,7 @@ LAYERS = (
     "clipping.two_pass",
     "clipping.one_pass",
     "clipping.gradients",
-    "accounting.charge accounting.upward pallas.triton",
+    "accounting.charge accounting.groups accounting.upward pallas.triton",
     "pallas.mosaic_gpu_gradients",
     "pallas.mosaic_gpu",
     "accounting.state accounting.trace accounting.traced accounting.calibrate accounting.filters"

@@ -1,5 +1,6 @@
 """What an attacker gains: bounds that the best attack reaches and none exceeds."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,10 +9,12 @@ from scipy import stats
 
 from dpfa_jax.accounting import (
     Composed,
+    Deviation,
     Gaussian,
     Laplace,
     NonPrivate,
     NoRelease,
+    PoissonSampled,
     attacker,
     gdp,
 )
@@ -111,3 +114,39 @@ def test_rates_refuse_bad_numbers(bad):
         attacker.posterior(bad, 1.0)
     with pytest.raises(ValueError, match="epsilon"):
         attacker.posterior(0.5, -1.0 if bad > 0 else bad)
+
+
+def test_largest_loss_holds_but_for_its_failures():
+    """The chance of a larger likelihood ratio, exactly, of a Gaussian and of a sampled one."""
+    for mu, failure in itertools.product((0.1, 1.0, 4.0), (1e-9, 1e-3, 0.4)):
+        loss = attacker.largest_loss(Gaussian(1 / mu), failure)
+        # ln(p/q) of N(μ, 1) against N(0, 1) is N(μ²/2, μ²) under the former.
+        reached = stats.norm.sf((loss - mu * mu / 2) / mu)
+        assert reached <= failure * (1 + 1e-9)
+        assert loss == 0.0 or reached >= failure * (1 - 1e-9)
+        # Negative control: ε at δ = failure is exceeded more often than that.
+        assert stats.norm.sf(gdp.epsilon(failure, mu) / mu - mu / 2) > failure or failure > 0.1
+        cut = attacker.largest_loss(Gaussian(1 / mu, 10, 64), failure)
+        assert loss <= cut and (cut < math.inf or mu == 4.0)
+    rate, std = 0.2, 1.0
+    event = PoissonSampled(Gaussian(std), rate)
+    for failure in (1e-6, 1e-2):
+        loss = attacker.largest_loss(event, failure)
+        turn = std * std * math.log1p(math.expm1(loss) / rate) + 0.5 / std / std
+        beyond = (1 - rate) * stats.norm.sf(turn) + rate * stats.norm.sf(turn - 1)
+        assert beyond <= failure
+    assert attacker.largest_loss(NonPrivate(), 0.5) == math.inf
+    assert attacker.largest_loss(NoRelease(), 1e-9) == 0.0
+    assert attacker.largest_loss(Laplace(2.0), 1e-300) <= 0.5 * (1 + 1e-12)
+    assert attacker.largest_loss(Composed([Gaussian(1.0), Deviation(0.1)]), 0.01) == math.inf
+
+
+def test_belief_multiplies_the_odds_by_the_largest_loss():
+    event = Gaussian(2.0)
+    loss = attacker.largest_loss(event, 1e-5)
+    assert attacker.belief(event, 0.5, failure=1e-5) == pytest.approx(1 / (1 + math.exp(-loss)))
+    assert attacker.belief(NonPrivate(), 0.5, failure=0.1) == 1.0
+    assert attacker.belief(event, 0.0, failure=0.1) == 0.0
+    for bad in (0.0, 1.0, math.nan, -1.0):
+        with pytest.raises(ValueError, match="failure"):
+            attacker.belief(event, 0.5, failure=bad)

@@ -1,6 +1,7 @@
 """What events cost: exact where one mechanism stands alone, never below an exact pair's cost."""
 
 import math
+from fractions import Fraction
 
 import mpmath
 import numpy as np
@@ -298,3 +299,58 @@ def test_every_function_refuses_what_is_no_event():
         ):
             with pytest.raises(TypeError):
                 call()
+
+
+def test_epsilon_of_the_widest_noise_counts_every_release():
+    count = 10**308
+    for leaf, zcdp in (
+        (DiscreteGaussian(1e155), 0.005),
+        (accounting.Skellam(1e155, 1.0, 1.0), 0.005),
+        (Laplace(1e155), 0.005),
+        (accounting.RandomizedResponse(1e-155), 0.005),
+    ):
+        found = accounting.epsilon(Repeated(leaf, count), 1e-5)
+        assert found >= 0.99 * convert.zcdp_epsilon(zcdp * (1 - 1e-9), 1e-5), leaf
+    assert accounting.epsilon(accounting.Skellam(1e200, 1e200, 1e200), 1e-5) > 3
+
+
+def test_mu_of_many_different_releases_is_rounded_up():
+    multipliers = [50.0 + k / 7 for k in range(5000)]
+    exact = sum(1 / Fraction(z) ** 2 for z in multipliers)
+    found = charge.profile_of(Composed([Gaussian(z) for z in multipliers])).mu_squared
+    assert exact <= Fraction(found) <= exact * (1 + Fraction(1, 2**48))
+
+
+def test_sampled_releases_keep_the_factor_of_the_cut_off():
+    """Where a shift is beyond the disc its share is lost; the rest still grows by the factor."""
+    for leaf in (Gaussian(0.1, 10**12), Gaussian(1.0, 1 << 60)):
+        profile = charge.profile_of(PoissonSampled(leaf, 1e-6))
+        assert profile.flux >= 1e-6
+        assert profile.log_factor >= min(leaf.coordinates * 2.0**-40, 700.0)
+    assert accounting.epsilon(PoissonSampled(Gaussian(1.0, 1 << 60), 1e-6), 1e-3) == math.inf
+    assert accounting.epsilon(PoissonSampled(Gaussian(1.0, 1 << 60), 0.0), 0.0) == 0.0
+    # As many releases as a cut-off of one rounds away.
+    wide = charge.profile_of(Repeated(Gaussian(1e17, 1), 10**12))
+    assert 2e-17 <= wide.flux <= 6e-17  # the factor is e^.9
+
+
+def test_deviation_is_paid_from_delta():
+    """P' = (1−τ)P + τ·(an outcome P never gives): δ(ε) grows by exactly τ on one side."""
+    for tau, epsilon in ((1e-6, 0.5), (1e-3, 1.0)):
+        event = Composed([Gaussian(1.0), accounting.Deviation(tau)])
+        exact = (1 - tau) * gdp.delta(epsilon, 1.0) + tau
+        found = accounting.delta(event, epsilon)
+        assert exact <= found <= gdp.delta(epsilon, 1.0) + (1 + math.exp(epsilon)) * tau * 1.001
+        delta = 100 * tau
+        assert accounting.delta(event, accounting.epsilon(event, delta)) <= delta * (1 + 1e-9)
+    ten = Repeated(accounting.Deviation(1e-7), 10)
+    assert accounting.epsilon(ten, 2.1e-6) == 0.0
+    assert accounting.epsilon(ten, 1.9e-6) == math.inf
+    assert accounting.mu(event) == math.inf and accounting.mu(accounting.Deviation(0.0)) == 0.0
+    assert accounting.epsilon(Composed([Gaussian(1.0), accounting.Deviation(1.0)]), 0.9) == math.inf
+    reported = accounting.report(event, 0.1)
+    assert reported.accounts[0][0] == "exact Gaussian curve"
+    assert reported.epsilon == accounting.epsilon(event, 0.1)
+    for bad in (math.nan, -1e-9, 1.1, "0"):
+        with pytest.raises((TypeError, ValueError), match="total_variation"):
+            accounting.Deviation(bad)

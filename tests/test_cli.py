@@ -131,12 +131,15 @@ def test_plan_gives_tables_memory_and_a_figure(capsys, tmp_path):
     arguments = ["plan", "--noise-multiplier", "1", "--records", "10000", "--batch-size", "100"]
     arguments += ["--steps", "100", "--delta", "1e-5", "--parameters", "1e6"]
     found = run_json(capsys, *arguments, "--figure", str(picture))
-    for name, rising in (("steps", True), ("noise multiplier", False), ("sampling rate", True)):
+    for name, rising in (("steps", True), ("noise multiplier", False), ("batch size", True)):
         costs = [epsilon for _, epsilon in found["tables"][name]]
         assert costs == sorted(costs, reverse=not rising)
     assert found["memory_bytes"]["per-example gradients, if materialised"] == 4e8
     assert picture.stat().st_size > 1000
     assert 0 < found["attacker"]["advantage"] < 1
+    assert [size for size, _ in found["tables"]["batch size"]] == [25, 50, 100, 200, 400]
+    odds, belief = found["attacker"]["odds_factor"], found["attacker"]["belief_from_one_half"]
+    assert belief == pytest.approx(odds / (1 + odds)) and belief < 1
     curve = found["trade_off"]
     event = ledger.from_json(found["event"])
     for rate, reached in zip(

@@ -1,15 +1,17 @@
 """Filters: what fits passes, what does not is refused, and the theorem holds on adaptive runs."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from dpfa_jax import accounting
-from dpfa_jax.accounting import convert, filters, gdp
+from dpfa_jax.accounting import convert, filters, gdp, subsample
 from dpfa_jax.accounting.event import (
     BoundedRange,
     Composed,
+    Deviation,
     DiscreteGaussian,
     ExponentialMechanism,
     Gaussian,
@@ -91,8 +93,10 @@ def test_filter_charges_the_cut_off(make):
 
 def test_filter_refuses_costs_in_delta_it_cannot_carry():
     budget = filters.for_renyi(order=8.0, epsilon=5.0, delta=1e-5)
-    with pytest.raises(NotImplementedError, match="delta"):
-        budget.spend(TruncatedPoissonSampled(Gaussian(1.0), 0.01, 100, 10))
+    for event in (TruncatedPoissonSampled(Gaussian(1.0), 0.01, 100, 10), Deviation(1e-9)):
+        assert budget.would_exceed(event)
+        with pytest.raises(filters.BudgetExceeded, match="total variation"):
+            budget.spend(event)
     # Nothing was set aside for noise that ends: a refusal, not a smaller cost.
     for event in (
         PoissonSampled(Gaussian(1.0, 10), 0.01),
@@ -201,3 +205,39 @@ def test_filter_promises_the_budget_not_what_was_spent():
     budget = filters.for_zcdp(epsilon=2.0, delta=1e-5)
     assert budget.spend(Gaussian(100.0)).epsilon(1e-5) == budget.epsilon(1e-5)
     assert budget.epsilon(1e-5) == convert.zcdp_epsilon(budget.limit, 1e-5)
+
+
+def test_filter_holds_truncated_samples_within_its_variation():
+    event = TruncatedPoissonSampled(Gaussian(1.0, 10**6, 64), 0.01, 10_000, 180)
+    overflow = subsample.poisson_overflow(10_000, 0.01, 180)
+    budget = filters.for_renyi(
+        order=8.0, epsilon=2.0, delta=1e-5, coordinates=10**9, radius_bits=64, flux=1e-9,
+        variation=50.5 * overflow,
+    )  # fmt: skip
+    assert budget.epsilon(1e-5) <= 2.0
+    after = budget.spend(event, 50)
+    assert after.would_exceed(event) and after.spent < after.limit
+    assert 50 * overflow <= after.deviated <= 50.5 * overflow
+    # What is set aside is paid for: at the same limit ε is that of the smaller δ.
+    paid = (1 + math.exp(budget.epsilon(1e-5))) * budget.variation
+    bare = dataclasses.replace(budget, variation=0.0)
+    assert bare.epsilon(1e-5 - paid) == pytest.approx(budget.epsilon(1e-5), rel=1e-9)
+    assert bare.limit == budget.limit and bare.epsilon(1e-5) < budget.epsilon(1e-5)
+    with pytest.raises(ValueError, match="Expected"):
+        filters.for_renyi(order=8.0, epsilon=2.0, delta=1e-5, variation=1e-5)
+    plain = filters.for_gdp(epsilon=1.0, delta=1e-5)
+    assert plain.would_exceed(Deviation(1e-12)) and not plain.would_exceed(Deviation(0.0))
+
+
+def test_filter_charges_what_underflows_when_squared():
+    budget = filters.for_zcdp(epsilon=1.0, delta=1e-5)
+    for event in (
+        RandomizedResponse(1e-170),
+        BoundedRange(1e-170),
+        ExponentialMechanism(1e-170, math.inf),
+        Laplace(1e170),
+        DiscreteGaussian(1e170),
+        Gaussian(1e170),
+    ):
+        assert budget.cost(event) > 0
+        assert budget.would_exceed(event, 10**345)

@@ -246,3 +246,27 @@ def test_epsilon_without_delta_is_infinite():
     assert gdp.epsilon(0.0, 1e-9) == math.inf
     assert gdp.epsilon(0.0, 0.0) == 0.0
     assert gdp.mu(1e4, 0.0) == 0.0
+
+
+def test_smallest_mu_is_no_error():
+    for mu in (5e-324, 1e-322, 1e-310):
+        found = gdp.delta(0.0, mu)
+        assert mu / math.sqrt(2 * math.pi) * (1 - 1e-6) <= found <= mu
+        assert gdp.delta(mu, mu) <= found and gdp.epsilon(1e-5, mu) == 0.0
+
+
+def test_cut_off_of_tiny_shifts_keeps_its_digits():
+    """One pair: the flux is a·μ to leading order, a = R·2^(−b)/π; a plain difference gives 0."""
+    radius = math.sqrt(80 * math.log(2))
+    slope = radius * 2.0**-40 / math.pi
+    for mu in (1e-3, 1e-5, 1e-9, 1e-14, 1e-17, 1e-100, 1e-300):
+        flux = gdp.cut_off(mu, 1)[1]
+        assert slope * mu <= flux <= slope * mu * (1 + 5 * mu + 4e-3)
+
+
+def test_cut_off_keeps_its_factor_where_the_flux_is_everything():
+    for mu, coordinates in ((10.0, 10**12), (1.0, 1 << 60), (1.0, 1 << 900)):
+        factor, flux = gdp.cut_off(mu, coordinates)
+        assert flux == 1.0
+        assert factor >= coordinates * 2.0**-40
+    assert gdp.cut_off(1.0, 10**400) == (math.inf, 1.0)

@@ -1,5 +1,6 @@
 """Groups: the event of several rows never costs less than the exact pair of laws."""
 
+import itertools
 import math
 
 import numpy as np
@@ -99,9 +100,44 @@ def test_grouped_leaves_are_those_of_the_larger_shift():
     assert accounting.epsilon(groups.grouped(plan, 2), 1e-6) > 1.9 * accounting.epsilon(plan, 1e-6)
 
 
-def test_grouped_refuses_truncation_and_bad_numbers():
-    with pytest.raises(NotImplementedError, match="capacity"):
-        groups.grouped(TruncatedPoissonSampled(Gaussian(1.0), 0.1, 100, 30), 2)
+@pytest.mark.parametrize(("capacity", "rate"), [(2, 0.3), (3, 0.5), (4, 0.2)])
+def test_grouped_truncated_poisson_is_never_below_the_exact_mixture(capacity, rate):
+    """Five records, two of one person (+1 each, or NULL), the others −1; who is dropped is random.
+
+    Both directions, by enumeration of every sample and of everything that may be kept of it.
+    """
+    records, rows, std = 5, 2, 3.0
+    laws = []
+    for values in ((1, 1, -1, -1, -1), (0, 0, -1, -1, -1)):
+        sums: dict[int, float] = {}
+        for drawn in itertools.product((False, True), repeat=records):
+            chance = rate ** sum(drawn) * (1 - rate) ** (records - sum(drawn))
+            inside = [value for value, there in zip(values, drawn, strict=True) if there]
+            kept = list(itertools.combinations(inside, min(capacity, len(inside))))
+            for each in kept:
+                sums[sum(each)] = sums.get(sum(each), 0.0) + chance / len(kept)
+        laws.append(law(list(sums.values()), list(sums), std))
+    event = TruncatedPoissonSampled(Gaussian(std), rate, records, capacity)
+    group = groups.grouped(event, rows)
+    for epsilon in (0.0, 0.1, 0.4, 1.0):
+        found = accounting.delta(group, epsilon)
+        for p, q in (laws, laws[::-1]):
+            assert found >= np.maximum(p - math.exp(epsilon) * q, 0.0).sum() * STEP
+    # Negative control: without the deviation, or at one row's price, it is too little somewhere.
+    exact = max(np.maximum(p - q, 0.0).sum() * STEP for p, q in (laws, laws[::-1]))
+    assert exact > accounting.delta(PoissonSampled(Gaussian(std), rate), 0.0) or capacity < 4
+    assert accounting.epsilon(groups.grouped(event, 1), 0.99) == accounting.epsilon(event, 0.99)
+
+
+def test_grouped_truncation_is_free_with_room():
+    event = TruncatedPoissonSampled(Gaussian(4.0), 0.01, 10_000, 250)
+    poisson = groups.grouped(PoissonSampled(Gaussian(4.0), 0.01), 3)
+    free = accounting.epsilon(groups.grouped(Repeated(event, 100), 3), 1e-6)
+    base = accounting.epsilon(Repeated(poisson, 100), 1e-6)
+    assert base <= free <= base * (1 + 1e-6)
+
+
+def test_grouped_refuses_bad_numbers():
     for rows in (0, -1, True, 10**400):
         with pytest.raises((TypeError, ValueError), match="Expected rows"):
             groups.grouped(Gaussian(1.0), rows)

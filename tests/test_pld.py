@@ -4,11 +4,13 @@ import math
 
 import pytest
 from dp_accounting import dp_event as dp
+from dp_accounting.pld import pld_privacy_accountant
 
 from dpfa_jax import accounting
 from dpfa_jax.accounting import (
     BoundedRange,
     Composed,
+    Deviation,
     DiscreteGaussian,
     Gaussian,
     Laplace,
@@ -150,3 +152,29 @@ def test_report_names_every_accountant_and_the_larger_number():
     mixed = accounting.report(Composed([Gaussian(3.0), Laplace(9.0)]), 1e-5)
     assert mixed.epsilon == mixed.accounts[0][1] < mixed.largest
     assert accounting.report(NonPrivate(), 1e-5).epsilon == math.inf
+
+
+def test_epsilon_of_truncated_sampling_is_not_that_of_poisson_where_that_is_free():
+    # Records displace each other in 97 of 100 samples, which Poisson sampling does not know.
+    tight = TruncatedPoissonSampled(Gaussian(10.0), 0.5, 1000, 470)
+    delta = 0.0355
+    assert accounting.epsilon(PoissonSampled(Gaussian(10.0), 0.5), delta) == 0.0
+    accountant = pld_privacy_accountant.PLDAccountant(
+        pld_privacy_accountant.NeighborRel.REPLACE_SPECIAL, 1e-4
+    )
+    accountant.compose(pld.dp_event(tight))
+    assert pld.epsilon(tight, delta) == accountant.get_epsilon(delta) > 0.09
+
+
+def test_epsilon_pays_for_deviations_and_takes_any_count():
+    plan = Repeated(PoissonSampled(Gaussian(1.0), 0.01), 100)
+    found = pld.epsilon(Composed([plan, Deviation(1e-6)]), 1e-5)
+    left = 1e-5 - (1 + math.exp(found)) * 1e-6
+    assert pld.epsilon(plan, left) == pytest.approx(found, rel=1e-6)
+    assert pld.epsilon(Deviation(1e-6), 3e-6) == 0.0
+    assert pld.epsilon(Deviation(1e-6), 1e-6) == math.inf
+    assert (
+        pld.epsilon(Composed([plan, Repeated(RandomizedResponse(1.0), 10**400)]), 0.1) == math.inf
+    )
+    wide = pld.dp_event(DiscreteGaussian(1e155))
+    assert wide.rho > 0

@@ -269,3 +269,28 @@ def test_curves_refuse_nan_and_negatives(bad):
 def test_check_orders_refuses_what_is_no_order(orders):
     with pytest.raises((TypeError, ValueError), match="order"):
         rdp.check_orders(orders)
+
+
+def test_curves_of_the_widest_noise_still_cost_what_they_cost():
+    """Squares of these numbers leave the floats; the cost times a count that fits does not."""
+    for multiplier, order in ((1e155, 2.0), (1e200, 1e18), (1.7e308, 1.5), (1e150, 7.5)):
+        exact = mpmath.mpf(order) / 2 / mpmath.mpf(multiplier) ** 2
+        assert rdp.gaussian(multiplier, order)[0] * (1 + 1e-15) >= exact
+        assert rdp.zcdp_of_gaussian(multiplier) * (1 + 1e-15) >= exact / order
+        for curve in (
+            rdp.laplace(multiplier, order)[0],
+            rdp.randomized_response(1 / multiplier, order)[0],
+            rdp.bounded_range(2 / multiplier, order)[0],
+        ):
+            # Each is αε²/2 to leading order, and never more than ε.
+            assert curve * (1 + 1e-12) >= min(exact, 1 / mpmath.mpf(multiplier))
+    assert rdp.zcdp_of_pure(0.0) == 0.0 and rdp.zcdp_of_pure(math.inf) == math.inf
+    assert rdp.zcdp_of_pure(5e-324) > 0.0 and rdp.zcdp_of_pure(3.0) == 4.5
+
+
+def test_skellam_of_the_widest_noise_is_that_of_its_share():
+    # noise_std² overflows; αΔ²/(2v) does not.
+    for std, l2 in ((1e155, 1e155), (1e200, 3e200), (1e308, 1e300)):
+        exact = mpmath.mpf(l2) ** 2 / mpmath.mpf(std) ** 2
+        assert exact <= rdp.skellam(std, l2, l2, 2.0)[0] <= exact * (1 + 1e-9)
+    assert rdp.skellam(9.0, 1e-3, 1e-3, 2.0)[0] == rdp.skellam(9.0, 1.0, 1.0, 2.0)[0]

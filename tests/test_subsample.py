@@ -294,3 +294,43 @@ def test_log1p_minus_keeps_its_digits():
             exact = mpmath.log1p(mpmath.mpf(y)) - mpmath.mpf(y)
         found = float(subsample._log1p_minus(np.array([y]))[0])
         assert abs(found / exact - 1) <= 1e-14
+
+
+def poisson_by_trapezoid(rate, noise_multiplier, order) -> mpmath.mpf:
+    """The defining integral by a lattice of z/8, in 60 digits: no cancellation matters."""
+    with mpmath.workdps(60):
+        q, z, a = mpmath.mpf(rate), mpmath.mpf(noise_multiplier), mpmath.mpf(order)
+        step, total, u = min(z / 8, mpmath.mpf(1) / 4), mpmath.mpf(0), mpmath.mpf(-18)
+        while u < 2 / z + 24:
+            y = q * mpmath.expm1(u / z - 1 / (2 * z * z))
+            total += mpmath.npdf(u) * (mpmath.powm1(1 + y, a) - a * y)
+            u += step
+        return mpmath.log1p(total * step) / (a - 1)
+
+
+@pytest.mark.parametrize("beyond", [1e-3, 1e-7, 1e-11, 1e-15])
+def test_poisson_gaussian_keeps_its_digits_next_to_order_one(beyond):
+    for rate, multiplier in ((1e-4, 20.0), (0.1, 1.0), (2e-5, 0.2), (0.99, 3.0)):
+        exact = poisson_by_trapezoid(rate, multiplier, 1 + beyond)
+        found = subsample.poisson_gaussian(multiplier, rate, 1 + beyond)[0]
+        assert exact <= found <= exact * (1 + mpmath.mpf(3e-11)), (rate, multiplier)
+
+
+@pytest.mark.parametrize("rate", [1e-50, 1e-200, 1e-300])
+def test_poisson_gaussian_of_tiny_rates_rounds_up(rate):
+    """Noise at which the last term e^(α ln q + α(α−1)/(2z²)) is 1: exponents of 10⁵ cancel."""
+    for order in (50, 300):
+        multiplier = math.sqrt((order - 1) / (-2 * math.log(rate)))
+        exact = poisson_by_binomial_sum(rate, multiplier, order)
+        with mpmath.workdps(400):
+            exact = poisson_by_binomial_sum(rate, multiplier, order)
+        found = subsample.poisson_gaussian(multiplier, rate, float(order))[0]
+        assert exact <= found <= exact * (1 + mpmath.mpf(1e-9))
+
+
+def test_gaussian_without_replacement_rounds_up_where_exponents_cancel():
+    for order, rate in ((200, 1e-15), (250, 1e-4)):
+        multiplier = math.sqrt((order - 1) / (-2 * math.log(rate)))
+        exact = without_replacement_by_sum(rate, multiplier, order)
+        found = subsample.gaussian_without_replacement(2 * multiplier, 1.0, rate, float(order))[0]
+        assert exact <= found <= exact * (1 + mpmath.mpf(1e-9))

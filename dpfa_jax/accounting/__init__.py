@@ -18,6 +18,7 @@ from dpfa_jax.accounting.charge import mu as mu
 from dpfa_jax.accounting.charge import rdp_curve as rdp_curve
 from dpfa_jax.accounting.event import BoundedRange as BoundedRange
 from dpfa_jax.accounting.event import Composed as Composed
+from dpfa_jax.accounting.event import Deviation as Deviation
 from dpfa_jax.accounting.event import DiscreteGaussian as DiscreteGaussian
 from dpfa_jax.accounting.event import Event as Event
 from dpfa_jax.accounting.event import ExponentialMechanism as ExponentialMechanism

@@ -68,7 +68,7 @@ def true_positive_rate(event: Event, false_positive_rate: float) -> float:
     """
     rate = _check.real("false_positive_rate", false_positive_rate, low=0, high=1)
     profile = charge.profile_of(event)
-    if not profile.others and profile.mu < math.inf:
+    if not profile.others and profile.mu < math.inf and profile.variation == 0.0:
         ideal = float(special.ndtr(special.ndtri(rate) + profile.mu)) if profile.mu else rate
         # TPR ≤ e^ε·FPR + δ(ε) for every ε, and δ ≤ e^(log_factor)·δ_ideal + flux.
         gain = math.exp(profile.log_factor)
@@ -148,7 +148,9 @@ def trade_off(event: Event, *, points: int = 101) -> TradeOff:
 
 
 def posterior(prior: float, epsilon: float) -> float:
-    """Largest belief that a record is present after an (ε, 0)-DP release; δ is the chance of more.
+    """Largest belief that a record is present after an (ε, 0)-DP release.
+
+    For an (ε, δ) with δ > 0 this is no bound, and δ is not the chance of more: see `belief`.
 
     Args:
       prior: belief beforehand, in [0, 1].
@@ -172,3 +174,65 @@ def posterior(prior: float, epsilon: float) -> float:
         return prior
     other = (1.0 - prior) * math.exp(-epsilon)
     return min(prior / (prior + other) * (1.0 + 2.0**-50), 1.0)
+
+
+def largest_loss(event: Event, failure: float) -> float:
+    """What the log-likelihood ratio of the outputs stays below, but for unlikely outputs.
+
+    An (ε, δ) does not say so with failure = δ: outputs beyond ε may have more probability than δ.
+
+    Args:
+      event: what was released.
+      failure: probability of the outputs left out, in (0, 1).
+
+    Returns:
+      Upper bound, nats, in [0, ∞]: min over ε of ε − ln(1 − δ(ε)/failure); equality for Gaussian
+      releases of ideal noise.
+
+    Raises:
+      ValueError: for a failure outside (0, 1).
+
+    Guarantee: B3 (attacker.md).
+
+    Example:
+      >>> from dpfa_jax import accounting
+      >>> round(largest_loss(accounting.Gaussian(1.0), 1e-5), 3)
+      4.765
+    """
+    allowed = _check.real("failure", failure, low=0, high=1, open_low=True, open_high=True)
+    profile = charge.profile_of(event)
+    ideal = not profile.others and profile.variation == profile.flux == 0.0
+    if ideal and profile.mu < math.inf:
+        loss = profile.mu * (0.5 * profile.mu - float(special.ndtri(allowed)))
+        return max(loss * (1.0 + 1e-12), 0.0)
+    found = math.inf
+    for epsilon, delta in _curve(event):
+        if delta == 0.0:
+            found = min(found, epsilon)
+        elif delta < allowed:
+            found = min(found, (epsilon - math.log1p(-delta / allowed)) * (1.0 + 1e-12))
+    return found
+
+
+def belief(event: Event, prior: float, *, failure: float) -> float:
+    """Largest belief that a record is present after everything released, but for unlikely outputs.
+
+    Args:
+      event: what was released.
+      prior: belief beforehand, in [0, 1].
+      failure: probability of the outputs left out, whether the record is present or not, in (0, 1).
+
+    Returns:
+      Upper bound in [0, 1].
+
+    Raises:
+      ValueError: for an argument outside its range.
+
+    Guarantee: B3 (attacker.md).
+
+    Example:
+      >>> from dpfa_jax import accounting
+      >>> round(belief(accounting.Gaussian(4.0), 0.5, failure=1e-5), 3)
+      0.75
+    """
+    return posterior(prior, largest_loss(event, failure))

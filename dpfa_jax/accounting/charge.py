@@ -53,7 +53,7 @@ class Profile:
 
     Attributes:
       mu_squared: Σμ² of the Gaussian leaves.
-      others: the other leaves and how often each happens.
+      others: the other leaves and how often each happens; a `Deviation` is none of them.
       pure: Σε of the others at δ = 0, ∞ if one of them is not pure.
       log_factor: of all noise that ends (G3).
       flux: of all noise that ends, in [0, 1].
@@ -108,18 +108,20 @@ def profile_of(event: Event) -> Profile:
 
     Guarantee: E1 (charge.md).
     """
-    squared, apart = 0.0, 0.0
-    ending: dict[int, tuple[float, int]] = {}  # by radius_bits: Σμ² and coordinates
-    factors, fluxes, variations, others = [], [], [], []
+    ending: dict[int, tuple[list[float], int]] = {}  # by radius_bits: each μ², and coordinates
+    squares, apart, factors, fluxes, variations, others = [], [], [], [], [], []
     events_lib.adjacency_of(event)
     for leaf, count in events_lib.leaves(event).items():
         if isinstance(leaf, events_lib.Gaussian):
-            square = times(count, _inverse_square(leaf.noise_multiplier))
-            squared += square
+            squares.append(times(count, _inverse_square(leaf.noise_multiplier)))
             if leaf.coordinates:
-                before, scalars = ending.get(leaf.radius_bits, (0.0, 0))
-                ending[leaf.radius_bits] = before + square, scalars + count * leaf.coordinates
-                apart += times(count, _leaf_cut_off(leaf)[1])
+                alike, scalars = ending.setdefault(leaf.radius_bits, ([], 0))
+                alike.append(squares[-1])
+                ending[leaf.radius_bits] = alike, scalars + count * leaf.coordinates
+                apart.append(times(count, _leaf_cut_off(leaf)[1]))
+            continue
+        if isinstance(leaf, events_lib.Deviation):
+            variations.append(times(count, leaf.total_variation))
             continue
         others.append((leaf, count))
         factor, flux = _leaf_cut_off(leaf)
@@ -130,15 +132,15 @@ def profile_of(event: Event) -> Profile:
             variations.append(times(count, overflow))
     pure = _sum(times(count, _pure_epsilon(leaf)) for leaf, count in others) * _UP
     together = 0.0
-    for bits, (square, scalars) in ending.items():
-        factor, flux = gdp.cut_off(math.sqrt(square) * _UP, _few(scalars), radius_bits=bits)
+    for bits, (alike, scalars) in ending.items():
+        factor, flux = gdp.cut_off(math.sqrt(_sum(alike)) * _UP, _few(scalars), radius_bits=bits)
         factors.append(factor)
         together += flux
     factor = _sum(factors) * _UP
-    flux = min(together, apart) + _sum(fluxes)
+    flux = min(together, _sum(apart)) + _sum(fluxes)
     flux = math.inf if factor > 700.0 else flux * math.exp(factor) * _UP
     return Profile(
-        squared * _UP,
+        _sum(squares) * _UP,
         tuple(others),
         pure,
         min(factor, 700.0),
@@ -153,6 +155,8 @@ def _leaf_cut_off(leaf: Event) -> tuple[float, float]:
         case events_lib.Gaussian():
             return _cut_off(leaf.noise_multiplier, leaf.coordinates, leaf.radius_bits)
         case events_lib.PoissonSampled() | events_lib.TruncatedPoissonSampled():
+            if leaf.sampling_rate == 0.0:
+                return 0.0, 0.0
             factor, flux = _leaf_cut_off(leaf.event)
             return factor, flux * leaf.sampling_rate
         case events_lib.SampledWithoutReplacement():
@@ -252,7 +256,7 @@ def mu(event: Event) -> float:
       1.0
     """
     profile = profile_of(event)
-    return math.inf if profile.others else profile.mu
+    return math.inf if profile.others or profile.variation else profile.mu
 
 
 def epsilon(event: Event, delta: float) -> float:

@@ -284,6 +284,26 @@ class SampledWithoutReplacement(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Deviation(Event):
+    """What runs is not quite what the events beside it say: its law is within a distance of theirs.
+
+    It costs (1 + e^ε)·total_variation of δ (E1 in charge.md).
+
+    Attributes:
+      total_variation: distance between the two laws on every data set, in [0, 1].
+    """
+
+    total_variation: float
+
+    def __post_init__(self):
+        checked = _check.real("total_variation", self.total_variation, low=0, high=1)
+        object.__setattr__(self, "total_variation", checked)
+
+    def __str__(self):
+        return f"deviation of total variation {self.total_variation:.6g} from what is charged"
+
+
+@dataclasses.dataclass(frozen=True)
 class NonPrivate(Event):
     """A release without a guarantee: it costs ∞, and so does everything composed with it."""
 

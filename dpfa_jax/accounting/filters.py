@@ -36,9 +36,11 @@ class Filter:
       coordinates: how many noisy scalars may be released in all; their cut-off is part of the δ.
       radius_bits: of that noise; releases with fewer are refused.
       flux: δ that the cut-offs of sampled releases may take in all, in [0, 1).
+      variation: total variation that overflows and deviations may add up to, in [0, 1).
       spent: of the budget.
       released: of the coordinates.
       leaked: of the flux.
+      deviated: of the variation.
       adjacency: what the sampled releases so far need, "" if there were none.
 
     Guarantee: FI1 (filters.md).
@@ -50,9 +52,11 @@ class Filter:
     coordinates: int = 0
     radius_bits: int = gdp.RADIUS_BITS
     flux: float = 0.0
+    variation: float = 0.0
     spent: float = 0.0
     released: int = 0
     leaked: float = 0.0
+    deviated: float = 0.0
     adjacency: str = ""
 
     def __post_init__(self):
@@ -64,6 +68,8 @@ class Filter:
         _check.real("flux", self.flux, low=0, high=1, open_high=True)
         _check.integer("released", self.released, low=0)
         _check.real("leaked", self.leaked, low=0)
+        _check.real("variation", self.variation, low=0, high=1, open_high=True)
+        _check.real("deviated", self.deviated, low=0)
         if self.currency == "rdp":
             rdp.check_orders(self.order)
 
@@ -77,17 +83,11 @@ class Filter:
           Upper bound, ∞ where the currency cannot express it.
 
         Raises:
-          NotImplementedError: for a truncated Poisson sample, whose overflow costs a delta that
-            grows with epsilon, and for noise of fewer radius bits than the filter's.
+          NotImplementedError: for noise of fewer radius bits than the filter's.
 
         Guarantee: FI1 (filters.md).
         """
         for leaf in events_lib.leaves(event):
-            if isinstance(leaf, events_lib.TruncatedPoissonSampled):
-                raise NotImplementedError(
-                    f"{leaf} has a cost in delta that a filter does not carry. Fix the number of "
-                    "steps in advance and use accounting.epsilon."
-                )
             scalars, bits = _ending(leaf)
             if scalars and bits < self.radius_bits:
                 raise NotImplementedError(
@@ -128,12 +128,14 @@ class Filter:
         released = self.released + count * _coordinates(event)
         leak = _leak(event)
         leaked = (self.leaked + charge.times(count, leak)) * _UP if leak else self.leaked
+        apart = charge.profile_of(event).variation
+        deviated = (self.deviated + charge.times(count, apart)) * _UP if apart else self.deviated
         fits = spent <= self.limit and released <= self.coordinates and leaked <= self.flux
-        if not fits:
+        if not (fits and deviated <= self.variation):
             return None
         unit = events_lib.adjacency_of(event, self.adjacency)
         return dataclasses.replace(
-            self, spent=spent, released=released, leaked=leaked, adjacency=unit
+            self, spent=spent, released=released, leaked=leaked, deviated=deviated, adjacency=unit
         )
 
     def spend(self, event: Event, count: int = 1) -> "Filter":
@@ -157,7 +159,9 @@ class Filter:
                 f"{count} × ({event}) would cost more than is left: {self.cost(event):.4g} each of "
                 f"{self.remaining:.4g} {self.currency}, {_coordinates(event):,} coordinates each "
                 f"of {self.coordinates - self.released:,}, a flux of {_leak(event):.3g} each of "
-                f"{max(self.flux - self.leaked, 0.0):.3g}."
+                f"{max(self.flux - self.leaked, 0.0):.3g}, a total variation of "
+                f"{charge.profile_of(event).variation:.3g} each of "
+                f"{max(self.variation - self.deviated, 0.0):.3g}."
             )
         return after
 
@@ -200,6 +204,17 @@ class Filter:
         Guarantee: FI1 (filters.md).
         """
         tolerance = _check.real("delta", delta, low=0, high=1, open_high=True)
+        found = 0.0
+        for _ in range(200):  # (1 + e^ε)·variation is paid from δ: from below, as in charge
+            paid = (1.0 + math.exp(min(found, 700.0))) * self.variation * _UP
+            needed = self._certified(tolerance - paid) if tolerance >= paid else math.inf
+            if needed <= found or self.variation == 0.0 or needed == math.inf:
+                return max(found, needed)
+            found = needed * (1.0 + 1e-12)
+        return math.inf
+
+    def _certified(self, tolerance: float) -> float:
+        """ε at the budget where all that is sampled is sampled as charged."""
         if self.coordinates:
             mu = self._largest_mu()
             scalars = min(self.coordinates, 1 << 60)
@@ -229,7 +244,7 @@ def _ending(leaf: Event) -> tuple[int, int]:
     match leaf:
         case events_lib.Gaussian() | events_lib.SampledWithoutReplacement():
             return leaf.coordinates, leaf.radius_bits
-        case events_lib.PoissonSampled():
+        case events_lib.PoissonSampled() | events_lib.TruncatedPoissonSampled():
             return leaf.event.coordinates, leaf.event.radius_bits
     return 0, 0
 
@@ -254,11 +269,11 @@ def _zcdp_of(leaf: Event) -> float:
         case events_lib.DiscreteGaussian():
             return rdp.zcdp_of_gaussian(leaf.noise_multiplier)
         case events_lib.ExponentialMechanism():
-            return min(leaf.zcdp, 0.5 * leaf.epsilon * leaf.epsilon)
+            return min(leaf.zcdp, rdp.zcdp_of_pure(leaf.epsilon))
         case events_lib.RandomizedResponse():
-            return 0.5 * leaf.epsilon * leaf.epsilon
+            return rdp.zcdp_of_pure(leaf.epsilon)
         case events_lib.BoundedRange():
-            return leaf.bound * leaf.bound / 8.0
+            return max(0.125 * leaf.bound * leaf.bound, rdp.TINY) if leaf.bound else 0.0
         case events_lib.Laplace():
             return rdp.zcdp_of_gaussian(leaf.noise_multiplier)
     return math.inf
@@ -325,6 +340,7 @@ def for_renyi(
     coordinates: int = 0,
     radius_bits: int = gdp.RADIUS_BITS,
     flux: float = 0.0,
+    variation: float = 0.0,
 ) -> Filter:
     """An RDP filter at one order fixed in advance, whose whole run is (ε, δ)-DP.
 
@@ -336,6 +352,8 @@ def for_renyi(
       radius_bits: of their noise, as in `Gaussian`.
       flux: part of delta set aside for the cut-offs of sampled releases with coordinates, in
         [0, delta): a thousandth of it is plenty with 64 radius bits.
+      variation: what the overflows of truncated samples, and deviations, may add up to, in
+        [0, delta): it takes (1 + e^ε)·variation of delta.
 
     Returns:
       A fresh filter on the private side of the target.
@@ -353,6 +371,7 @@ def for_renyi(
         coordinates=coordinates,
         radius_bits=radius_bits,
         flux=flux,
+        variation=variation,
     )
     return _for_target(start, epsilon, delta)
 

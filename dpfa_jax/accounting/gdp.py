@@ -44,7 +44,7 @@ def _log_mills_drop(low: float, mu: float, high: float) -> float:
         return math.log(_mills(low) - _mills(high))
     nodes, weights = _RULE
     slope = float(weights @ _mills_slope(low + 0.5 * mu * (1.0 + nodes)))
-    return math.log(0.5 * mu) + math.log(slope)
+    return math.log(mu) - math.log(2.0) + math.log(slope)
 
 
 def log_delta(epsilon: float, mu: float) -> float:
@@ -238,7 +238,10 @@ def _one_pair(mu: float, radius: float) -> float:
     """Upper bound of the mass one pair loses when the whole shift μ ≤ R − 1 falls on it."""
     steps = 512
     left = np.arange(steps) * (0.5 * math.pi / steps)
-    swept = special.ndtr(mu * np.cos(left) - radius) - special.ndtr(-radius)
+    moved = mu * np.cos(left)
+    swept = special.ndtr(moved - radius) - special.ndtr(-radius)
+    if mu < 1e-4:  # the difference cancels; φ grows up to moved − R ≤ 0
+        swept = moved * np.exp(-0.5 * (radius - moved) ** 2) / math.sqrt(2.0 * math.pi)
     integral = 2.0 * float(swept.sum()) * (0.5 * math.pi / steps)
     return radius / math.sqrt(2.0 * math.pi) * integral * (1.0 + 1e-9)
 
@@ -273,11 +276,11 @@ def cut_off(mu: float, coordinates: int, *, radius_bits: int = RADIUS_BITS) -> t
     if coordinates == 0 or mu == 0.0:
         return 0.0, 0.0
     radius, lost = math.sqrt(2.0 * radius_bits * math.log(2.0)), 2.0**-radius_bits
-    if not (mu <= radius - 1.0 and coordinates < 1 << 53):
-        return 0.0, 1.0
+    if not coordinates < 1 << 1000:
+        return math.inf, 1.0
     log_factor = -coordinates * math.log1p(-lost) * (1.0 + 1e-9)
-    if log_factor > 1.0:
+    if not (mu <= radius - 1.0 and coordinates < 1 << 53 and log_factor <= 1.0):
         return log_factor, 1.0
     linear = radius * lost / math.pi * mu
     flux = linear * (math.sqrt(coordinates) - 1.0) + _one_pair(mu, radius)
-    return log_factor, min(flux * math.exp(log_factor) * (1.0 + 1e-9), 1.0)
+    return log_factor, min(max(flux * math.exp(log_factor) * (1.0 + 1e-9), _TINY), 1.0)

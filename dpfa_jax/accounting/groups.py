@@ -10,6 +10,7 @@ import math
 
 from dpfa_jax import _check
 from dpfa_jax.accounting import event as events_lib
+from dpfa_jax.accounting import subsample
 from dpfa_jax.accounting.event import Event
 
 _UP = 1.0 + 2.0**-50
@@ -30,32 +31,26 @@ def _leaf(leaf: Event, rows: int) -> Event:
         case events_lib.Skellam():
             first, second = leaf.l1_sensitivity * rows * _UP, leaf.l2_sensitivity * rows * _UP
             return events_lib.Skellam(leaf.noise_std, first, second)
-        case events_lib.PoissonSampled() | events_lib.TruncatedPoissonSampled():
+        case events_lib.PoissonSampled():
             rate = leaf.sampling_rate
             if 0.0 < rate < 1.0:
                 rate = min(-math.expm1(rows * math.log1p(-rate)) * (1.0 + 2.0**-46), 1.0)
-            return _sampled(leaf, rate, rows)
+            inner = _leaf(leaf.event, rows)
+            assert isinstance(inner, events_lib.Gaussian)
+            return events_lib.PoissonSampled(inner, rate)
+        case events_lib.TruncatedPoissonSampled():
+            overflow = subsample.poisson_overflow(leaf.records, leaf.sampling_rate, leaf.capacity)
+            whole = _leaf(events_lib.PoissonSampled(leaf.event, leaf.sampling_rate), rows)
+            return events_lib.Composed((whole, events_lib.Deviation(overflow)))
         case events_lib.SampledWithoutReplacement():
             return dataclasses.replace(
                 leaf,
                 clip_norm=leaf.clip_norm * rows * _UP,
                 sample_size=min(leaf.sample_size * rows, leaf.records),
             )
-        case events_lib.NonPrivate():
+        case events_lib.NonPrivate() | events_lib.Deviation():
             return leaf
     raise TypeError(f"Expected a known accounting event, got {leaf!r}. It has no group bound here.")
-
-
-def _sampled(leaf: Event, rate: float, rows: int) -> Event:
-    if isinstance(leaf, events_lib.TruncatedPoissonSampled):
-        raise NotImplementedError(
-            "A truncated Poisson sample has no bound for groups: dropping rows beyond the capacity "
-            "couples them. Leave out the capacity, or sample and clip whole groups."
-        )
-    assert isinstance(leaf, events_lib.PoissonSampled)
-    inner = _leaf(leaf.event, rows)
-    assert isinstance(inner, events_lib.Gaussian)
-    return events_lib.PoissonSampled(inner, rate)
 
 
 def grouped(event: Event, rows: int) -> Event:
@@ -74,7 +69,6 @@ def grouped(event: Event, rows: int) -> Event:
     Raises:
       TypeError: if `event` is not an event.
       ValueError: if `rows` is no whole number ≥ 1.
-      NotImplementedError: for a truncated Poisson sample.
 
     Guarantee: GR1 (groups.md).
 

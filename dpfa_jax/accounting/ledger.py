@@ -35,6 +35,7 @@ _KINDS = (
     events_lib.PoissonSampled,
     events_lib.TruncatedPoissonSampled,
     events_lib.SampledWithoutReplacement,
+    events_lib.Deviation,
     events_lib.NonPrivate,
     events_lib.NoRelease,
     events_lib.Composed,

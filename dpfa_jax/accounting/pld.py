@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from dpfa_jax import _check
-from dpfa_jax.accounting import charge
+from dpfa_jax.accounting import charge, rdp
 from dpfa_jax.accounting import event as events_lib
 from dpfa_jax.accounting.event import Event
 
@@ -18,6 +18,9 @@ _PURE = (
 )
 
 
+_UP = 1.0 + 2.0**-48
+
+
 def _leaf(leaf: Event) -> "dp.DpEvent":
     from dp_accounting import dp_event as dp
 
@@ -29,8 +32,7 @@ def _leaf(leaf: Event) -> "dp.DpEvent":
         case events_lib.Laplace():
             return dp.LaplaceDpEvent(leaf.noise_multiplier)
         case events_lib.DiscreteGaussian():
-            square = 2.0 * leaf.noise_multiplier * leaf.noise_multiplier
-            return dp.ZCDpEvent(math.inf if square == 0.0 else 1.0 / square)
+            return dp.ZCDpEvent(rdp.zcdp_of_gaussian(leaf.noise_multiplier))
         case events_lib.PoissonSampled():
             gaussian = dp.GaussianDpEvent(leaf.event.noise_multiplier)
             return dp.PoissonSampledDpEvent(leaf.sampling_rate, gaussian)
@@ -76,19 +78,24 @@ def dp_event(event: Event) -> "dp.DpEvent":
     return parts[0] if len(parts) == 1 else dp.ComposedDpEvent(parts)
 
 
-def _split(event: Event) -> tuple[Event, Event, float]:
-    """(what has a loss distribution, the same without truncation, Σε of the pure rest)."""
-    exact, ideal, pure = [], [], 0.0
+def _split(event: Event) -> tuple[Event, Event, float, float]:
+    """(what has a loss distribution, the same without truncation, Σε of the pure rest, Στ).
+
+    Where a record that is drawn may displace another one under noise that ends, the first is the
+    second too, and τ is its overflow; τ holds every `Deviation` as well.
+    """
+    exact, ideal, apart, pure = [], [], [], 0.0
     for leaf, count in events_lib.leaves(event).items():
         if isinstance(leaf, _PURE):
             bound = leaf.bound if isinstance(leaf, events_lib.BoundedRange) else leaf.epsilon
-            pure += count * bound if bound else 0.0
+            pure += charge.times(count, bound)
             continue
         known = (
             events_lib.Gaussian,
             events_lib.Laplace,
             events_lib.PoissonSampled,
             events_lib.TruncatedPoissonSampled,
+            events_lib.Deviation,
             events_lib.NonPrivate,
         )
         if not isinstance(leaf, known):
@@ -96,21 +103,31 @@ def _split(event: Event) -> tuple[Event, Event, float]:
                 f"{type(leaf).__name__} has no privacy loss distribution here; its RDP curve is "
                 "what can be charged."
             )
-        exact.append(events_lib.Repeated(leaf, count))
+        whole = events_lib.Repeated(leaf, count)
+        if isinstance(leaf, events_lib.Deviation):
+            apart.append(whole)
+            continue
+        plain = whole
         if isinstance(leaf, events_lib.TruncatedPoissonSampled):
-            leaf = events_lib.PoissonSampled(leaf.event, leaf.sampling_rate)
-        ideal.append(events_lib.Repeated(leaf, count))
+            poisson = events_lib.PoissonSampled(leaf.event, leaf.sampling_rate)
+            plain = events_lib.Repeated(poisson, count)
+            if leaf.event.coordinates:
+                apart.append(whole)
+                whole = plain
+        exact.append(whole)
+        ideal.append(plain)
+    variation = charge.profile_of(events_lib.Composed(apart)).variation if apart else 0.0
     if not exact:
-        return events_lib.NoRelease(), events_lib.NoRelease(), pure
-    return events_lib.Composed(exact), events_lib.Composed(ideal), pure * (1.0 + 2.0**-48)
+        return events_lib.NoRelease(), events_lib.NoRelease(), pure * _UP, variation
+    return events_lib.Composed(exact), events_lib.Composed(ideal), pure * _UP, variation
 
 
 def epsilon(event: Event, delta: float, *, discretization: float = 1e-4) -> float:
     """ε at δ from the privacy loss distribution of everything inside the event.
 
     Truncated Poisson sampling is charged by its own distribution (ZERO_OUT, dropped at random), or,
-    where its noise ends, as Poisson sampling beside its overflow; the noise cut-off as in
-    `accounting.epsilon`, pure releases by their Σε.
+    where its noise ends, as Poisson sampling beside its overflow; overflow, `Deviation` and the
+    noise cut-off as in `accounting.epsilon`, pure releases by their Σε.
 
     Args:
       event: what was released.
@@ -132,15 +149,13 @@ def epsilon(event: Event, delta: float, *, discretization: float = 1e-4) -> floa
     """
     tolerance = _check.real("delta", delta, low=0, high=1, open_low=True, open_high=True)
     width = _check.real("discretization", discretization, low=1e-6, high=1)
-    exact, ideal, pure = _split(event)
-    profile, variation = charge.profile_of(ideal), 0.0
-    if _truncates_noise_that_ends(exact):
-        exact, variation = ideal, charge.profile_of(exact).variation
+    exact, ideal, pure, variation = _split(event)
+    profile = charge.profile_of(ideal)
     left = charge.ideal_tolerance(profile, tolerance)
     if not left > 0.0 or pure == math.inf:
         return math.inf
     rough = charge.epsilon(ideal, tolerance)
-    if rough == 0.0:
+    if rough == 0.0 and exact == ideal and variation == 0.0:
         return pure
     if rough == math.inf:
         return math.inf
@@ -159,7 +174,7 @@ def epsilon(event: Event, delta: float, *, discretization: float = 1e-4) -> floa
     accountant.compose(dp_event(exact))
     found = 0.0
     for _ in range(200):  # (1 + e^ε)·variation is paid from δ: iterate from below, as in charge
-        charged = (1.0 + math.exp(min(found + pure, 700.0))) * variation * (1.0 + 2.0**-48)
+        charged = (1.0 + math.exp(min(found + pure, 700.0))) * variation * _UP
         left = charge.ideal_tolerance(profile, tolerance - charged)
         needed = float(accountant.get_epsilon(left)) if left > 0.0 else math.inf
         if not needed >= 0.0:
@@ -168,11 +183,3 @@ def epsilon(event: Event, delta: float, *, discretization: float = 1e-4) -> floa
             return max(needed, found) + pure
         found = needed * (1.0 + 1e-9)
     return math.inf
-
-
-def _truncates_noise_that_ends(event: Event) -> bool:
-    """Whether a record that is drawn may displace another one under noise that ends."""
-    return any(
-        isinstance(leaf, events_lib.TruncatedPoissonSampled) and leaf.event.coordinates
-        for leaf in events_lib.leaves(event)
-    )

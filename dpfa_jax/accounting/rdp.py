@@ -17,7 +17,9 @@ Curve = NDArray[np.float64]
 LARGEST_ORDER = 1e18
 """Orders beyond this are refused: their powers overflow, and 1 + 1/order is 1."""
 
-_TINY = 5e-324
+TINY = 1e-290
+"""The least cost that anything but nothing has: float64 keeps its digits there, and above."""
+
 _UP = 1.0 + 2.0**-46
 
 DEFAULT_ORDERS: Curve = np.concatenate(
@@ -122,12 +124,32 @@ def zcdp_of_gaussian(noise_multiplier: float) -> float:
       noise_multiplier: ≥ 0; 0 costs ∞.
 
     Returns:
-      Equality up to float64; never 0.
+      Equality up to float64, at least 1e-290.
 
     Guarantee: R1 (rdp.md).
     """
-    square = 2.0 * noise_multiplier * noise_multiplier
-    return math.inf if square == 0.0 else max(1.0 / square, _TINY)
+    if noise_multiplier == 0.0:
+        return math.inf
+    return zcdp_of_pure(1.0 / noise_multiplier)
+
+
+def zcdp_of_pure(epsilon: float) -> float:
+    """ρ of an (ε, 0)-DP release, ε²/2.
+
+    Args:
+      epsilon: nats, in [0, ∞].
+
+    Returns:
+      Upper bound, equality up to float64 and at least 1e-290 where ε > 0.
+
+    Guarantee: R4 (rdp.md).
+    Source: Bun and Steinke 2016, arXiv:1605.02065, Proposition 1.4.
+
+    Example:
+      >>> zcdp_of_pure(2.0), zcdp_of_pure(1e-200)
+      (2.0, 1e-290)
+    """
+    return 0.0 if epsilon == 0.0 else max(0.5 * epsilon * epsilon, TINY)
 
 
 def discrete_gaussian(noise_multiplier: float, orders: ArrayLike) -> Curve:
@@ -196,7 +218,7 @@ def laplace(noise_multiplier: float, orders: ArrayLike) -> Curve:
     # Beyond e^30 the second exponential and both −1 are below half an ulp of the first.
     far = up + np.log(orders) - np.log(2.0 * orders - 1.0) + 1e-13
     logarithm = np.where(up > 30.0, far, logarithm)
-    return np.minimum(np.maximum(logarithm / (orders - 1.0) * _UP, _TINY), x * _UP)
+    return np.minimum(np.maximum(logarithm / (orders - 1.0) * _UP, TINY), x * _UP)
 
 
 def randomized_response(epsilon: float, orders: ArrayLike) -> Curve:
@@ -229,7 +251,7 @@ def randomized_response(epsilon: float, orders: ArrayLike) -> Curve:
         logarithm = np.log1p(excess + math.tanh(0.5 * epsilon) * up)
     far = up - math.log1p(math.exp(-epsilon)) + 1e-13  # the other term is below half an ulp
     logarithm = np.where(up > 30.0, far, logarithm)
-    return np.minimum(np.maximum(logarithm / (orders - 1.0) * _UP, min(_TINY, epsilon)), epsilon)
+    return np.minimum(np.maximum(logarithm / (orders - 1.0) * _UP, min(TINY, epsilon)), epsilon)
 
 
 def exponential(epsilon: float, rho: float, orders: ArrayLike) -> Curve:
@@ -272,7 +294,7 @@ def bounded_range(bound: float, orders: ArrayLike) -> Curve:
     orders = check_orders(orders)
     # αη²/8 holds at every range: the zCDP of a bounded range.
     quadratic = orders * (eta / 8.0 * eta) if eta < 1e150 else np.full(orders.shape, math.inf)
-    quadratic = np.maximum(quadratic * _UP, min(_TINY, eta))
+    quadratic = np.maximum(quadratic * _UP, min(TINY, eta))
     if not 1e-100 < eta <= 1e100:
         return np.minimum(quadratic, eta)
     log_a = eta + np.log(-np.expm1(-orders * eta))
@@ -295,7 +317,7 @@ def skellam(
     Args:
       noise_std: ≥ 0; 0 costs ∞.
       l1_sensitivity: Δ₁ on the lattice.
-      l2_sensitivity: Δ₂ on the lattice, > 0.
+      l2_sensitivity: Δ₂ on the lattice, > 0; below 1, which no two integer vectors have, it is 1.
       orders: > 1; between integers (α−1)·RDP is interpolated.
 
     Returns:
@@ -312,17 +334,19 @@ def skellam(
     l2 = _check.real("l2_sensitivity", l2_sensitivity, low=0, open_low=True)
     l1 = _check.real("l1_sensitivity", l1_sensitivity, low=l2)
     orders = check_orders(orders)
-    variance = std * std
-    if variance < 1e-150:
+    if std < 1e-75:
         return np.full(orders.shape, math.inf)
+    inverse, l1, l2 = 1.0 / std, max(l1, 1.0), max(l2, 1.0)
+    share = l2 * inverse  # no variance is squared: wide noise has none that a float holds
 
     def scaled(alpha: Curve) -> Curve:
-        far = 3.0 * l1 / (2.0 * variance)
-        near = ((2.0 * alpha - 1.0) * l2 / variance * l2 + 6.0 * l1 / variance) / (4.0 * variance)
-        return (alpha - 1.0) * (alpha * (l2 / variance * l2) / 2.0 + np.minimum(near, far))
+        far = 1.5 * l1 * inverse * inverse
+        near = (2.0 * alpha - 1.0) * share * inverse * share * inverse
+        near = 0.25 * (near + 6.0 * l1 * inverse * inverse * inverse * inverse)
+        return (alpha - 1.0) * (0.5 * alpha * share * share + np.minimum(near, far))
 
     below, above = np.floor(orders), np.ceil(orders)
     with np.errstate(over="ignore", invalid="ignore"):
         low, high = scaled(below), scaled(above)
         total = low + (orders - below) * (high - low)
-    return np.maximum(np.where(np.isnan(total), math.inf, total) / (orders - 1.0) * _UP, _TINY)
+    return np.maximum(np.where(np.isnan(total), math.inf, total) / (orders - 1.0) * _UP, TINY)

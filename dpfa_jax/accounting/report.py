@@ -76,10 +76,13 @@ def report(event: Event, delta: float) -> Report:
         published, missing = [], [("privacy loss distribution", str(error))]
     if not profile.others:
         left = charge.ideal_tolerance(profile, tolerance)
-        renyi = math.inf
-        if left >= 0.0 and profile.mu < math.inf:
-            renyi = convert.zcdp_epsilon(0.5 * profile.mu_squared, left)
-        accounts = [("exact Gaussian curve", best), ("RDP", renyi), *published]
+        accounts = [("exact Gaussian curve", best)]
+        if profile.variation == 0.0:
+            renyi = math.inf
+            if left >= 0.0 and profile.mu < math.inf:
+                renyi = convert.zcdp_epsilon(0.5 * profile.mu_squared, left)
+            accounts.append(("RDP", renyi))
+        accounts += published
     else:
         accounts = [*published, ("RDP", best)]
     return Report(tolerance, tuple(accounts), tuple(missing))

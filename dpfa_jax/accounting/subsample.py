@@ -15,7 +15,6 @@ from dpfa_jax import _check
 from dpfa_jax.accounting import rdp
 
 _UP = 1.0 + 1e-11
-_TINY = 5e-324
 _LOG_ROOT_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
 
@@ -82,15 +81,23 @@ def _poisson_log_moments(rate: float, noise_multiplier: float, orders: np.ndarra
     log_step = math.log(step) - _LOG_ROOT_TWO_PI
     moments = _log_sums(order * logarithm - 0.5 * u * u, first, rows) + log_step
 
-    # Near 1 the moment minus 1 is a sum of terms ≥ 0: (1+y)^α − 1 − αy, as E y = 0.
+    # Near 1 the moment minus 1 is a sum of terms ≥ 0: (1+y)^α − 1 − αy, as E y = 0. With a = α − 1
+    # and L = ln(1+y) it is a·((1+y)L − y) + (1+y)·(e^(aL) − 1 − aL), which cancels at no order.
     with np.errstate(over="ignore", invalid="ignore"):
         # e^w alone may overflow where q·e^w is small.
         y = np.where(w < 30.0, rate * np.expm1(w), np.exp(np.minimum(log_rate + w, 700.0)) - rate)
-        gap = _log1p_minus(y)
-        power = order * np.where(w < 30.0, np.log1p(y), logarithm)
-        stable = (rdp.remainder(power) + order * gap) * np.exp(-0.5 * u * u)
+        log1p_y = np.where(w < 30.0, np.log1p(y), logarithm)
+        power, beyond = order * log1p_y, order - 1.0
+        near = np.abs(y) < 0.1
+        entropy = np.where(near, (1.0 + y) * _log1p_minus(y) + y * y, (1.0 + y) * log1p_y - y)
+        stable = beyond * entropy + (1.0 + y) * rdp.remainder(beyond * log1p_y)
+        stable = stable * np.exp(-0.5 * u * u)
+        # Where (1+y)^α overflows: y is large, or α so large that its power is all that counts.
+        growth = beyond * (log1p_y - 1.0) + rdp.remainder(beyond * log1p_y)
+        middle = growth * np.exp(log1p_y - 0.5 * u * u) + beyond * np.exp(-0.5 * u * u)
         far = np.exp(power - 0.5 * u * u) - np.exp(-0.5 * u * u)
         far -= order * (np.exp(log_rate + w - 0.5 * u * u) - rate * np.exp(-0.5 * u * u))
+        far = np.where(beyond * log1p_y < 1.0, middle, far)
         excess = np.where(power < 30.0, stable, far)
     excess = np.where(np.repeat(moments, rows) < 1.0, excess, 0.0)
     small = np.add.reduceat(excess, first) * math.exp(log_step)
@@ -100,8 +107,11 @@ def _poisson_log_moments(rate: float, noise_multiplier: float, orders: np.ndarra
 @functools.lru_cache(maxsize=4096)
 def _poisson_cached(rate: float, noise_multiplier: float, orders: bytes) -> rdp.Curve:
     array = np.frombuffer(orders, dtype=np.float64)
-    curve = _poisson_log_moments(rate, noise_multiplier, array) / (array - 1.0) * _UP
-    curve = np.minimum(np.maximum(curve, _TINY), rdp.gaussian(noise_multiplier, array))
+    moments = _poisson_log_moments(rate, noise_multiplier, array)
+    # An exponent is a difference of terms as large as α·ln(1/q), each known to 2⁻⁵².
+    lost = 2.0**-50 * array * -math.log(rate) / np.maximum(moments, 1.0)
+    curve = moments / (array - 1.0) * (_UP + lost)
+    curve = np.minimum(np.maximum(curve, rdp.TINY), rdp.gaussian(noise_multiplier, array))
     curve.setflags(write=False)
     return curve
 
@@ -228,10 +238,12 @@ def _without_replacement_integer(rate: float, noise_multiplier: float, order: in
     paired = math.log(4.0) + 0.5 * (even[whole // 2 - 1] + even[(whole + 1) // 2 - 1])
     terms[: count - 1] = np.minimum(terms[: count - 1], paired)
     total = np.concatenate([[0.0], terms + log_binomial + j * math.log(rate)])
+    # Each exponent is a difference of terms of this size, each known to 2⁻⁵².
+    up = 1.0 + 2.0**-50 * order * (math.log(order) - math.log(rate))
     top = float(total[1:].max())
     if top < -1.0:  # 1 + Σ: keep the small sum
-        return math.log1p(math.exp(top) * float(np.exp(total[1:] - top).sum()))
-    return float(special.logsumexp(total))
+        return math.log1p(math.exp(top) * float(np.exp(total[1:] - top).sum()) * up)
+    return float(special.logsumexp(total)) + (up - 1.0)
 
 
 def gaussian_without_replacement(
@@ -280,6 +292,6 @@ def gaussian_without_replacement(
         low = _without_replacement_integer(rate, multiplier, below)
         high = _without_replacement_integer(rate, multiplier, above)
         between = low + (order - below) * (high - low)
-        bound = max(between / (order - 1.0) * _UP, _TINY)
+        bound = max(between / (order - 1.0) * _UP, rdp.TINY)
         curve[index] = min(curve[index], bound)
     return curve

@@ -18,21 +18,33 @@ import numpy as np
 from scipy import special
 
 from dpfa_jax import _check
-from dpfa_jax.accounting import convert, gdp, rdp, upward
+from dpfa_jax.accounting import convert, gdp, rdp, subsample, upward
 
-ORDERS: tuple[int, ...] = (
+WHOLE: tuple[int, ...] = (
     *range(2, 21),
     *(22, 24, 26, 28, 32, 36, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024),
 )
-"""The orders at which sampled releases are charged: integers, where the cost is a finite sum."""
+"""Integer orders, where the cost of a sampled release is a finite sum."""
+
+BETWEEN: tuple[float, ...] = (
+    *(1.01, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9),
+    *(2.2, 2.4, 2.6, 2.8, 3.25, 3.5, 3.75, 4.5, 5.5),
+)
+"""Real orders, where it is read from a table: what a large ε needs."""
+
+ORDERS: tuple[float, ...] = (*WHOLE, *BETWEEN)
+"""The orders at which sampled releases are charged."""
 
 UNKNOWN = 2**31 - 1
 """A count that has reached this value is no longer known: everything costs ∞."""
 
 _ARRAY = np.array(ORDERS, np.float64)
-_FINE = np.unique(np.concatenate([_ARRAY, rdp.DEFAULT_ORDERS[rdp.DEFAULT_ORDERS < 1024.0]]))
-_ARRAY.setflags(write=False)
-_FINE.setflags(write=False)
+_INTEGERS = np.array(WHOLE, np.float64)
+_SORTED = np.argsort(_ARRAY)
+_FINE = np.unique(np.concatenate([_ARRAY, rdp.DEFAULT_ORDERS[rdp.DEFAULT_ORDERS < WHOLE[-1]]]))
+_SQUARES = np.concatenate([[0.0], np.geomspace(1e-4, 100.0, 160)]).astype(np.float32)
+for _each in (_ARRAY, _INTEGERS, _SORTED, _FINE, _SQUARES):
+    _each.setflags(write=False)
 _EXTRA = 3  # μ² of plain releases, flux, log_factor
 _LOSS = 2.0**-46  # of one addition, relative
 _WIDEST = 2.0**-40  # 1/z² of the widest noise that is told apart
@@ -41,7 +53,7 @@ _UP = 1.0 + 2.0**-12
 
 def _interpolation(orders: np.ndarray) -> np.ndarray:
     """Rows that bound RDP at real orders by RDP at ORDERS: (α − 1)·RDP is convex and 0 at α = 1."""
-    nodes = np.concatenate([[1.0], _ARRAY])
+    nodes = np.concatenate([[1.0], _ARRAY[_SORTED]])
     above = np.clip(np.searchsorted(nodes, orders), 1, len(nodes) - 1)
     left, right = nodes[above - 1], nodes[above]
     weight = (orders - left) / (right - left)
@@ -49,19 +61,33 @@ def _interpolation(orders: np.ndarray) -> np.ndarray:
     index = np.arange(len(orders))
     rows[index, above - 1] = (1.0 - weight) * (left - 1.0) / (orders - 1.0)
     rows[index, above] += weight * (right - 1.0) / (orders - 1.0)
-    return rows[:, 1:]
+    unsorted = np.zeros((len(orders), len(ORDERS)))
+    unsorted[:, _SORTED] = rows[:, 1:]
+    return unsorted
 
 
 @functools.lru_cache(maxsize=64)
 def _log_weights(rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """(ln binom(α, k)(1 − q)^(α − k)q^k, k(k − 1)/2) for α in ORDERS and k = 2, 3, …"""
-    order, k = _ARRAY[:, None], np.arange(2.0, ORDERS[-1] + 1.0)
+    """(ln binom(α, k)(1 − q)^(α − k)q^k, k(k − 1)/2) for α in WHOLE and k = 2, 3, …"""
+    order, k = _INTEGERS[:, None], np.arange(2.0, WHOLE[-1] + 1.0)
     inside = k <= order
     k_in = np.where(inside, k, 2.0)
     binomial = -np.log1p(order) - special.betaln(order - k_in + 1.0, k_in + 1.0)
     logs = binomial + (order - k_in) * math.log1p(-rate) + k_in * math.log(rate)
     logs, pairs = np.where(inside, logs, -np.inf), 0.5 * k * (k - 1.0)
     return logs.astype(np.float32), pairs.astype(np.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _log_table(rate: float) -> np.ndarray:
+    """Upper bounds of ln(M − 1), M the moment at each 1/z² of _SQUARES (rows) and BETWEEN."""
+    orders = np.array(BETWEEN)
+    multipliers = _SQUARES[1:].astype(np.float64) ** -0.5 * (1.0 - 2.0**-50)
+    curves = [subsample.poisson_gaussian(float(z), rate, orders) for z in multipliers]
+    moments = np.array(curves) * (orders - 1.0) * (1.0 + 2.0**-50)
+    logs = moments + np.log(-np.expm1(-moments))
+    above = (logs + 2.0**-20 * np.abs(logs) + 2.0**-18).astype(np.float32)
+    return np.concatenate([np.full((1, len(BETWEEN)), -np.inf, np.float32), above])
 
 
 @functools.lru_cache(maxsize=64)
@@ -74,6 +100,32 @@ def _flux_slopes(coordinates: int, radius_bits: int) -> np.ndarray:
     return upward.at_least(np.append(slopes, np.inf))
 
 
+def _log_excess_of_whole(inverse_square: jax.Array, rate: float) -> jax.Array:
+    """ln(M − 1), rounded up, at the orders of WHOLE: a finite sum."""
+    logs, pairs = _log_weights(rate)
+    exponent = pairs * inverse_square
+    growth = exponent + jnp.log(-jnp.expm1(-exponent))  # ln(e^exponent − 1)
+    slack = 2.0**-20 * (jnp.abs(logs) + 2.0 * exponent + jnp.abs(growth)) + 2.0**-18
+    terms = jnp.where(jnp.isfinite(logs), logs + growth + slack, -jnp.inf)
+    top = jnp.max(terms, axis=1)
+    total = jnp.sum(jnp.exp(terms - top[:, None]), axis=1) * (1.0 + 2.0**-13)
+    return top + jnp.log(total)
+
+
+def _log_excess_between(inverse_square: jax.Array, rate: float) -> jax.Array:
+    """ln(M − 1), rounded up, at the orders of BETWEEN: chords of a convex function of 1/z²."""
+    table, squares = jnp.asarray(_log_table(rate)), jnp.asarray(_SQUARES)
+    above = jnp.clip(jnp.searchsorted(squares, inverse_square), 1, len(_SQUARES) - 1)
+    left, right = squares[above - 1], squares[above]
+    share = jnp.clip((inverse_square - left) / (right - left) * (1.0 + 2.0**-20), 0.0, 1.0)
+    low, high = table[above - 1], table[above]
+    # The left end counts with 1 − share or a little more; ln(M − 1) grows, so that is upwards too.
+    mixed = share + jnp.minimum(1.0 - share + 2.0**-20, 1.0) * jnp.exp(low - high)
+    fallen = jnp.log(mixed)
+    logarithm = high + jnp.minimum(fallen + 2.0**-15 * jnp.abs(fallen) + 2.0**-14, 0.0)
+    return jnp.where(inverse_square <= squares[-1], logarithm, jnp.inf)
+
+
 def sampled_rdp(inverse_square: jax.Array, sampling_rate: float) -> jax.Array:
     """RDP at `ORDERS` of one Gaussian release of a Poisson sample, inside jit.
 
@@ -82,7 +134,8 @@ def sampled_rdp(inverse_square: jax.Array, sampling_rate: float) -> jax.Array:
       sampling_rate: static, q in [0, 1].
 
     Returns:
-      float32 upper bounds, about 2⁻¹¹ above the curve of `subsample.poisson_gaussian`.
+      float32 upper bounds, about 2⁻¹¹ above the curve of `subsample.poisson_gaussian` (more where
+      a real order's cost bends, and for multipliers below 0.1); 0 for q = 0, otherwise ≥ 2⁻⁸⁰.
 
     Raises:
       ValueError: for a bad sampling rate.
@@ -101,19 +154,15 @@ def sampled_rdp(inverse_square: jax.Array, sampling_rate: float) -> jax.Array:
     whole = jnp.float32(0.5 * _ARRAY) * inverse_square
     if rate == 1.0:
         return whole * _UP
-    logs, pairs = _log_weights(rate)
-    exponent = pairs * inverse_square
-    growth = exponent + jnp.log(-jnp.expm1(-exponent))  # ln(e^exponent − 1)
-    slack = 2.0**-20 * (jnp.abs(logs) + 2.0 * exponent + jnp.abs(growth)) + 2.0**-18
-    terms = jnp.where(jnp.isfinite(logs), logs + growth + slack, -jnp.inf)
-    top = jnp.max(terms, axis=1)
-    total = jnp.sum(jnp.exp(terms - top[:, None]), axis=1) * (1.0 + 2.0**-13)
-    logarithm = top + jnp.log(total)
+    logarithm = jnp.concatenate(
+        [_log_excess_of_whole(inverse_square, rate), _log_excess_between(inverse_square, rate)]
+    )
     logarithm = logarithm + 2.0**-20 * jnp.abs(logarithm) + 2.0**-14
     moment = jnp.logaddexp(0.0, logarithm)
     sampled = moment * jnp.float32(1.0 / (_ARRAY - 1.0))
     sampled = jnp.where(jnp.isfinite(sampled), sampled, jnp.inf)
-    return jnp.minimum(sampled, whole) * _UP
+    # float32 has no numbers for what a tiny rate costs; it costs something.
+    return jnp.maximum(jnp.minimum(sampled, whole) * _UP, upward.SMALLEST)
 
 
 def _inverse_square(noise_multiplier: Any) -> jax.Array:
@@ -255,7 +304,7 @@ class TracedLedger:
           orders: > 1.
 
         Returns:
-          Upper bounds: between two of `ORDERS` (α − 1)·RDP is interpolated, above the last one
+          Upper bounds: between two of `ORDERS` (α − 1)·RDP is interpolated, above the largest one
           sampled releases cost ∞.
 
         Raises:
@@ -273,7 +322,7 @@ class TracedLedger:
 
         Returns:
           Upper bound in [0, ∞]: the exact Gaussian curve where nothing was sampled, otherwise the
-          best that the RDP at `ORDERS` gives (up to a few per cent above that of all real orders);
+          best that the RDP at `ORDERS` gives (about one per cent above that of all real orders);
           the noise cut-off included.
 
         Guarantee: U3 (traced.md).
@@ -299,8 +348,8 @@ def _log_factor(coordinates: int, radius_bits: int) -> np.ndarray:
 
 def _curve_of(sums: np.ndarray, orders: rdp.Curve) -> rdp.Curve:
     sampled = sums[_EXTRA:]
-    curve = np.where(orders <= ORDERS[-1], 0.0, math.inf) if sampled.any() else 0.0 * orders
-    inside = orders <= ORDERS[-1]
+    curve = np.where(orders <= WHOLE[-1], 0.0, math.inf) if sampled.any() else 0.0 * orders
+    inside = orders <= WHOLE[-1]
     if not np.isfinite(sums).all():
         finite = np.where(np.isfinite(sampled), sampled, 1e300)
         curve[inside] = _interpolation(orders[inside]) @ finite
