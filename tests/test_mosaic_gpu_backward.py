@@ -5,8 +5,6 @@ of compute capability 9.0 (tests marked `gpu`); here it must lower, alone and un
 and go to Triton where it has no kernel.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +87,7 @@ def _residuals(operands):
 def _backward(spec):
     def run(operands):
         residuals = _residuals(operands)
-        return mosaic_gpu.backward(operands, spec, residuals, _cotangent(operands))[:4]
+        return mosaic_gpu_gradients.fused(operands, spec, residuals, _cotangent(operands))[:4]
 
     return run
 
@@ -124,20 +122,28 @@ def test_lacking_says_which_gradients_have_no_kernel(shapes, changes, part):
     assert mosaic_gpu_gradients.lacking(_operands(), _spec(NOISY)) is None
 
 
-@pytest.mark.parametrize("changes", [{"deterministic": True}, {"window": (60, 30)}])
-def test_backward_is_that_of_triton_where_asked_or_without_a_kernel(changes):
-    operands = _operands(queries=40, keys=40, heads=2, kv_heads=1, width=16)
-    spec = _spec({**CAPPED, **changes})
-    found, wanted = (
-        jax.make_jaxpr(
-            lambda operands, module=module: module.backward(
-                operands, spec, _residuals(operands), _cotangent(operands)
-            )[:4]
-        )(operands)
-        for module in (mosaic_gpu, triton)
-    )
-    names = [{str(eqn.params.get("name")) for eqn in jaxpr.jaxpr.eqns} for jaxpr in (found, wanted)]
-    assert names[0] == names[1] and NAME not in str(found)
+@pytest.mark.parametrize(
+    ("shapes", "changes"),
+    [
+        ({"queries": 512, "keys": 512}, {"deterministic": True}),
+        ({"queries": 512, "keys": 512}, {"window": (60, 30)}),
+        ({"queries": 512, "keys": 511}, {}),
+        ({"queries": 512, "keys": 512, "width": 80}, {}),
+    ],
+)
+def test_backward_is_that_of_triton_where_asked_or_faster(shapes, changes):
+    def jaxpr(changes, **shapes):
+        operands = _operands(heads=1, kv_heads=1, **shapes)
+        spec = _spec({**CAPPED, **changes})
+        residuals = _residuals(operands), _cotangent(operands)
+        return str(
+            jax.make_jaxpr(mosaic_gpu.backward, static_argnums=1)(operands, spec, *residuals)
+        )
+
+    text = jaxpr(changes, **shapes)
+    assert NAME not in text and "key_gradient_kernel" in text
+    text = jaxpr({}, queries=512, keys=512)
+    assert NAME in text and "key_gradient_kernel" not in text
 
 
 def test_backward_under_vmap_lowers_to_one_kernel():
@@ -188,11 +194,11 @@ def test_in_order_finds_what_each_thread_added(block_q):
     np.testing.assert_array_equal(np.asarray(found), wanted)
 
 
-def _gradients(module, operands, spec):
+def _gradients(forward, backward, operands, spec):
     def run(operands):
-        out, residuals = module.forward(operands, spec)
+        out, residuals = forward(operands, spec)
         cotangent = _cotangent(operands).astype(out.dtype)
-        return module.backward(operands, spec, residuals, cotangent)[:4]
+        return backward(operands, spec, residuals, cotangent)[:4]
 
     return jax.jit(run)(operands)
 
@@ -207,10 +213,10 @@ def _wide(operands):
 @pytest.mark.parametrize("name", CASES)
 def test_backward_errs_at_most_twice_as_much_as_triton(name):
     shapes, changes = CASES[name]
-    operands, spec = _operands(**shapes), _spec({**changes, "deterministic": False})
-    ours = _gradients(mosaic_gpu, operands, spec)
-    slow = _gradients(mosaic_gpu, operands, dataclasses.replace(spec, deterministic=True))
-    truth = _gradients(reference, _wide(operands), spec)
+    operands, spec = _operands(**shapes), _spec(changes)
+    ours = _gradients(mosaic_gpu.forward, mosaic_gpu_gradients.fused, operands, spec)
+    slow = _gradients(mosaic_gpu.forward, triton.backward, operands, spec)
+    truth = _gradients(reference.forward, reference.backward, _wide(operands), spec)
     for mine, other, wanted in zip(ours, slow, truth, strict=True):
         assert _relative(mine, wanted) <= 2 * _relative(other, wanted) + 1e-5
 
@@ -220,8 +226,8 @@ def test_backward_errs_at_most_twice_as_much_as_triton(name):
 def test_backward_sums_a_long_memory_over_many_blocks(width):
     shapes = {"queries": 1500, "keys": 1300, "heads": 8, "kv_heads": 2, "width": width}
     operands, spec = _operands(**shapes), _spec({**CAPPED, "is_causal": True})
-    ours = _gradients(mosaic_gpu, operands, spec)
-    slow = _gradients(mosaic_gpu, operands, dataclasses.replace(spec, deterministic=True))
+    ours = _gradients(mosaic_gpu.forward, mosaic_gpu_gradients.fused, operands, spec)
+    slow = _gradients(mosaic_gpu.forward, triton.backward, operands, spec)
     for mine, other in zip(ours, slow, strict=True):
         assert _relative(mine, other) < 4e-3
 

@@ -1,6 +1,6 @@
 """Private attention on NVIDIA Hopper GPUs: Pallas kernels through Mosaic GPU.
 
-The same function as `reference`, with `triton`'s two kernels for the gradient.
+The same function as `reference`; gradients in `mosaic_gpu_gradients`.
 """
 
 import dataclasses

@@ -49,6 +49,18 @@ def lacking(operands: Operands, spec: Spec) -> str | None:
     return None
 
 
+def faster(queries: int, keys: int, width: int) -> bool:
+    """Whether the kernel is faster than Triton's two, on an H200.
+
+    Args:
+      queries: T.
+      keys: S.
+      width: of the rows. Copies padded to 64 or 128 columns pay from 2048 keys on (reckoned; at 256
+        keys of width 80 the call took 1.4 times as long, without copies at 512 0.9 times).
+    """
+    return min(queries, keys) >= (512 if width in (64, 128) else 2048)
+
+
 def _padded(array, width: int):
     """Rows padded to a multiple of 8, which is what the copies into tiles need; columns to one."""
     widths = ((0, 0), (0, -array.shape[1] % 8), (0, 0), (0, width - array.shape[3]))
@@ -147,8 +159,8 @@ def _finite(operands: Operands, factor: jax.Array) -> Operands:
 def backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Array) -> tuple:
     """Gradients of the answer in query, key, value and log_weights, the noise held fixed.
 
-    Not a release. The sums of d query have no fixed order, unless Triton's kernels do the call:
-    where `lacking` has a reason, and where `spec.deterministic` asks for one.
+    Not a release. By Triton's kernels where `spec.deterministic` asks for the same bits on every
+    run, where `lacking` has a reason, and for lengths at which they are faster; else by `fused`.
 
     Args:
       operands: as in `forward`.
@@ -157,10 +169,27 @@ def backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Ar
       cotangent: (B, T, N, h).
 
     Returns:
+      (d query, d key, d value, d log_weights, None) in the operands' shapes, in the operands' dtype
+      where a kernel writes the whole sum, else in float32.
+    """
+    lengths = operands.query.shape[1], operands.key.shape[1]
+    slower = lacking(operands, spec) is not None or not faster(*lengths, _width(operands))
+    run = triton.backward if spec.deterministic or slower else fused
+    return run(operands, spec, residuals, cotangent)
+
+
+def fused(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Array) -> tuple:
+    """Gradients by the kernel of this module, whose sums of d query have no fixed order.
+
+    Args:
+      operands: as in `forward`, of which `lacking` says None.
+      spec: as in `forward`.
+      residuals: what `forward` returned.
+      cotangent: (B, T, N, h).
+
+    Returns:
       (d query, d key, d value, d log_weights, None) in the operands' shapes and dtypes.
     """
-    if spec.deterministic or lacking(operands, spec) is not None:
-        return triton.backward(operands, spec, residuals, cotangent)
     if operands.flags is None:
         return _backward(operands, spec, residuals, cotangent)
     factor = residuals[2]
