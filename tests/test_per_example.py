@@ -147,6 +147,29 @@ def test_norms_of_layers_in_blocks_and_casts(remat):
     _compare(loss, params, _table(5, (3, 5, 4)), rules)
 
 
+@pytest.mark.parametrize(("remat", "sines"), [(False, 4), (True, 6)])
+def test_pairs_compute_again_what_the_loss_computes_again(remat, sines):
+    def block(w, x):
+        return jnp.cos(jnp.sin(x) @ w)
+
+    def loss(params, x):
+        for w in params:
+            x = (jax.checkpoint(block) if remat else block)(w, x)
+        return (jnp.sum(x * x),)
+
+    params, x = [_table(0, (4, 4)), _table(1, (4, 4))], _table(2, (3, 4))
+    closed = jax.make_jaxpr(loss)(params, x)
+    made = per_example.plan(closed.jaxpr, 2)
+    assert [use.in_remat for use in made.uses.values()] == [remat, remat]
+    run = per_example.pairs(closed, made)
+    found, _, _ = jax.jit(run)(params, [x])
+    want = jax.grad(lambda p: loss(p, x)[0])(params)
+    for (met, dy), grad in zip([found[path] for path in sorted(found)], want, strict=True):
+        assert np.allclose(met.T @ dy, grad, rtol=1e-5, atol=1e-6)
+    # Of each block one for the loss, one for the derivative of the cosine, and one computed again.
+    assert str(jax.make_jaxpr(run)(params, [x])).count(" sin ") == sines
+
+
 def test_reads_outside_a_table_have_no_gradient():
     def loss(params, row):
         x = params[0].at[row].get(mode="fill", fill_value=1.0)

@@ -67,9 +67,9 @@ def clipped_grad(
         is used in matrix products and look-ups (`explain` says which are), then one backward pass
         of the rows weighted by their clips; for one group, without `unit`. Its bound is that of
         exact arithmetic (CL3). "one_pass": likewise, and the sum is made of the operands and
-        cotangents that the norms were made of: one backward pass, whose memory they take (remat is
-        ignored); groups of whole parameters. "auto": "vmap" or "two_pass", whichever `explain`
-        expects to be faster.
+        cotangents that the norms were made of, or of gradients where those are cheaper: one
+        backward pass and the memory for them; groups of whole parameters. "auto": whichever
+        `explain` expects to be fastest.
 
     Returns:
       A function (*args, mask=None, unit_ids=None) -> `Clipped`, or (`Clipped`, aux). `mask` is
@@ -153,11 +153,13 @@ def _choose(method, loss_fn, batch, has_aux, groups, unit) -> str:
     """The method that is used, or an error if it cannot be."""
     if method == "vmap":
         return method
-    why = two_pass.unfit("two_pass" if method == "auto" else method, groups, unit)
     if method == "auto":
-        if why or batch.size == 0:
+        fit = [name for name in ("one_pass", "two_pass") if not two_pass.unfit(name, groups, unit)]
+        if not fit or batch.size == 0:
             return "vmap"
-        return two_pass.report(two_pass.prepare(loss_fn, batch, has_aux), batch.params).choice
+        passes = two_pass.prepare(loss_fn, batch, has_aux)
+        return two_pass.report(passes, batch.params).cheapest(("vmap", *fit))
+    why = two_pass.unfit(method, groups, unit)
     if why:
         raise NotImplementedError(why)
     return method

@@ -31,7 +31,8 @@ class _Place:
         return per_example.pair_norm(self.line, self.side, *pair, self.theta)
 
 
-def _places(passes: Passes, plan: per_example.Plan) -> dict[Any, _Place]:
+def _places(passes: Passes) -> dict[Any, _Place]:
+    plan = passes.plan
     lines = {path: per_example.equation_at(passes.row.jaxpr, path) for path in plan.uses}
     return {
         path: _Place(lines[path], use.side, lines[path].invars[use.side].aval)
@@ -122,18 +123,18 @@ def terms(
     """
     groups, shrink = checked_bounds(groups), passes.shrunk(shrink)
     labels = [int(np.ravel(label)[0]) for label in groups.labels]
-    plan, made_in_full = passes.chosen([leaf.size for leaf in leaves])
+    plan, in_full = passes.plan, passes.in_full([leaf.size for leaf in leaves])
     axes = [None] * len(public) + [0] * len(rows)
     one = per_example.pairs(passes.row, plan)
     found, full, out = jax.vmap(lambda *others: one(leaves, list(others)), axes)(*public, *rows)
     full = dict(zip(sorted(plan.reasons), full, strict=True))
-    places = _places(passes, plan)
+    places = _places(passes)
     made = {
         path: jax.vmap(
             lambda *pair, at=places[path]: per_example.pair_product(at.line, at.side, *pair)
         )(*found[path])
         for path, use in plan.uses.items()
-        if use.leaf in made_in_full and use.rule == "matrix product"
+        if use.leaf in in_full and use.rule == "matrix product"
     }
     squares = []
     for leaf in range(len(leaves)):

@@ -5,8 +5,7 @@ the norm of each row's whole gradient.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +21,6 @@ from dpfa_jax.clipping.groups import Groups
 _NARROW = (jnp.bfloat16, jnp.float16)
 _NARROW_MARGIN = 1 - 2.0**-6
 _SMALLEST = 1e-9
-_CHEAPER = "cheaper than its rule"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +39,6 @@ class Report:
       vmap_cost: of gradients in full, clipped as method "vmap" does.
       two_pass_cost: of a second pass and the rules.
       one_pass_cost: of the rules, or gradients in full, whichever is less.
-      forgoes_remat: whether "one_pass" would keep what jax.checkpoint is there to forget.
     """
 
     rules: Mapping[str, str]
@@ -52,28 +49,36 @@ class Report:
     vmap_cost: float
     two_pass_cost: float
     one_pass_cost: float
-    forgoes_remat: bool
+
+    def cheapest(self, methods: Iterable[str]) -> str:
+        """The method with the smallest modelled cost.
+
+        Args:
+          methods: names of those that can do the call.
+
+        Returns:
+          One of them; of equals the first.
+        """
+        costs = {
+            "vmap": self.vmap_cost,
+            "one_pass": self.one_pass_cost,
+            "two_pass": self.two_pass_cost,
+        }
+        return min(methods, key=lambda name: costs[name])
 
     @property
     def choice(self) -> str:
-        """What "auto" takes: the cheapest, "one_pass" only where it keeps to jax.checkpoint."""
-        costs = {
-            "vmap": self.vmap_cost,
-            "one_pass": math.inf if self.forgoes_remat else self.one_pass_cost,
-            "two_pass": self.two_pass_cost,
-        }
-        return min(costs, key=lambda name: costs[name])
+        """What "auto" takes where every method can do the call."""
+        return self.cheapest(("vmap", "one_pass", "two_pass"))
 
     def __str__(self):
         lines = [f"{path}: {rule}" for path, rule in self.rules.items()]
         lines += [f"{path}: in full, {reason}" for path, reason in self.full.items()]
-        lines += [f"{path}: in full for one_pass, {_CHEAPER}" for path in self.in_full]
+        lines += [f"{path}: in full for one_pass, cheaper than its rule" for path in self.in_full]
         lines.append(
             f"auto takes {self.choice}: modelled cost a row {self.one_pass_cost:.3g} for one_pass, "
             f"{self.two_pass_cost:.3g} for two_pass, {self.vmap_cost:.3g} for vmap"
         )
-        if self.forgoes_remat:
-            lines.append("one_pass would keep what jax.checkpoint forgets: ask for it by name")
         return "\n".join(lines)
 
 
@@ -104,23 +109,19 @@ class Passes:
         """
         return shrink * _NARROW_MARGIN if self.is_narrow else shrink
 
-    def chosen(self, sizes: list[int]) -> tuple[per_example.Plan, frozenset[int]]:
-        """What "one_pass" does with each parameter with a rule.
+    def in_full(self, sizes: list[int]) -> frozenset[int]:
+        """The parameters with a rule whose gradients "one_pass" makes all the same.
 
         Args:
           sizes: entries of each parameter leaf.
 
         Returns:
-          (the plan, without parameters whose gradients come in full from inside jax.checkpoint;
-          those whose gradients it makes in full from their operands).
+          Their numbers: those whose gradients are cheaper than their norms by rule.
 
         Guarantee: CL7 (two_pass.md); either way a norm is that of what is summed.
         """
         found = per_example.costs(self.plan, sizes)
-        dear = {cost.leaf for cost in found if cost.in_full < cost.norm}
-        inside = {use.leaf for use in self.plan.uses.values() if use.in_remat}
-        plan = per_example.without(self.plan, dear & inside, _CHEAPER)
-        return plan, frozenset(dear - inside)
+        return frozenset(cost.leaf for cost in found if cost.in_full < cost.norm)
 
     def _batched(self, leaves: list[Any], others: list[Any]) -> tuple[Any, per_example.Plan]:
         """The jaxpr of all rows at once, and its plan for the parameters with a rule."""
@@ -288,15 +289,14 @@ def report(passes: Passes, params: Any) -> Report:
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
     sizes = [leaf.size for _, leaf in flat]
     table = list(per_example.costs(passes.plan, sizes))
-    plan, _ = passes.chosen(sizes)
+    made = passes.in_full(sizes)
     return Report(
         {paths[number]: rule for number, rule in sorted(passes.plan.rules.items())},
         {paths[number]: why for number, why in sorted(passes.plan.reasons.items())},
-        tuple(paths[cost.leaf] for cost in table if cost.in_full < cost.norm),
+        tuple(paths[number] for number in sorted(made)),
         sum(sizes[number] for number in passes.plan.reasons),
-        sum(cost.made if cost.in_full < cost.norm else cost.kept for cost in table),
+        sum(cost.made if cost.leaf in made else cost.kept for cost in table),
         sum(cost.vmap for cost in table),
         sum(cost.again + cost.norm for cost in table),
         sum(min(cost.in_full, cost.norm) for cost in table),
-        any(use.in_remat for use in plan.uses.values()),
     )

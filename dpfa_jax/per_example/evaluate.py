@@ -187,39 +187,50 @@ def pairs(
     Returns:
       (parameter leaves, other inputs) -> (for each place: what the parameter met, and the cotangent
       of what came out; gradients of the parameters without a rule, in order; the jaxpr's outputs).
-      What jax.checkpoint would compute again is kept.
+      What jax.checkpoint computes again is computed again, unless a look-up with a rule is in one.
 
     Guarantee: CL6 (evaluate.md).
     """
     full = sorted(made.reasons)
-    shapes = {path: equation_at(closed.jaxpr, path).outvars[0].aval for path in made.uses}
+    recompute = not any(u.in_remat and u.rule == "look-up" for u in made.uses.values())
+
+    def taps_of(path, *anything):
+        use, line = made.uses[path], equation_at(closed.jaxpr, path)
+        like = [line.outvars[0].aval]
+        if use.rule != "look-up":
+            like = [line.invars[1 - use.side].aval, *like]
+        return tuple(
+            _primitives.vary_alike(jnp.zeros(aval.shape, aval.dtype), *anything)[0] for aval in like
+        )
 
     def one(params, others):
         def loss(some, taps):
-            met = {}
+            read = {}
 
             def replace(here, equation, operands):
                 use = made.uses[here]
-                met[here] = operands[1 - use.side]
-                theta = jax.lax.stop_gradient(operands[use.side])
-                return rules.place(equation, use.side, met[here], theta) + taps[here]
+                row, theta = operands[1 - use.side], jax.lax.stop_gradient(operands[use.side])
+                if use.rule == "look-up":
+                    read[here] = row
+                    return rules.place(equation, use.side, row, theta) + taps[here][0]
+                return rules.pair_site(equation, use.side)(row, theta, *taps[here])
 
             inputs = [*params, *others]
             for number, leaf in zip(full, some, strict=True):
                 inputs[number] = leaf
-            evaluation = _Evaluation(made, replace, recompute=False)
+            evaluation = _Evaluation(made, replace, recompute)
             out = evaluation.run(closed.jaxpr, list(closed.consts), inputs, ())
-            return out[0], (met, out)
+            return out[0], (read, out)
 
-        anything = [*params, *others]
-        taps = {
-            path: _primitives.vary_alike(jnp.zeros(aval.shape, aval.dtype), *anything)[0]
-            for path, aval in shapes.items()
-        }
-        (some, cotangents), (met, out) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+        taps = {path: taps_of(path, *params, *others) for path in made.uses}
+        (some, cotangents), (read, out) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
             [params[number] for number in full], taps
         )
-        return {path: (met[path], cotangents[path]) for path in made.uses}, some, out
+        found = {
+            path: (read[path], pair[0]) if path in read else pair
+            for path, pair in cotangents.items()
+        }
+        return found, some, out
 
     return one
 

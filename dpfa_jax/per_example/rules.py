@@ -100,6 +100,36 @@ def product_norm_site(equation: Any, side: int) -> Callable[..., Any]:
     return site
 
 
+def pair_site(equation: Any, side: int) -> Callable[..., Any]:
+    """A product whose taps get what the parameter's gradient is made of as cotangents.
+
+    Args:
+      equation: the dot_general.
+      side: which operand is the parameter.
+
+    Returns:
+      (row, parameter, tap like the row, tap like the product) -> product. So inside jax.checkpoint
+      the row is the one that is computed again, and none is kept from the forward pass.
+
+    Guarantee: CL4 (rules.md).
+    """
+
+    @jax.custom_vjp
+    def site(row, theta, met, out):
+        return place(equation, side, row, theta)
+
+    def forward(row, theta, met, out):
+        return place(equation, side, row, theta), (row, theta)
+
+    def backward(saved, dy):
+        row, theta = saved
+        _, pull = jax.vjp(lambda row: place(equation, side, row, theta), row)
+        return (*pull(dy), None, row, dy)
+
+    site.defvjp(forward, backward)
+    return site
+
+
 def look_up_norm_site(equation: Any) -> Callable[..., Any]:
     """A look-up whose probe gets the squared norm of the table's gradient as cotangent.
 
