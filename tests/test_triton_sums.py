@@ -1,0 +1,63 @@
+"""Kernels sum keys that begin at any position as the reference does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpfa_jax import reference
+from dpfa_jax._typing import Operands, Spec
+from dpfa_jax.pallas import tiling, triton
+
+TILE = tiling.Tile(16, 16, 4, 2)
+B, T, N, K, S, WIDTH = 1, 70, 2, 1, 100, 8
+SPEC = Spec(scale=0.4, score_cap=1.0, window=(40, 9), floor=0.3, ball=0.8)
+
+
+def _operands():
+    source = np.random.default_rng(0)
+    shapes = (B, T, N, WIDTH), (B, S, K, WIDTH), (B, S, K, WIDTH)
+    arrays = [jnp.asarray(source.normal(size=shape), jnp.float32) for shape in shapes]
+    weights = -np.abs(source.normal(size=(B, S, K))).astype(np.float32)
+    return Operands(*arrays, jnp.asarray(weights))
+
+
+def _everything(module, **tiles):
+    """Sums, answer and gradients of keys that begin at an offset, and their norms."""
+
+    def run(operands, offset):
+        operands = operands._replace(key_offset=offset)
+        (high, low), (mass, mass_low) = module.sums(operands, SPEC, **tiles)
+        out, residuals = module.finish(SPEC, high + low, mass + mass_low)
+        grads = module.backward(operands, SPEC, residuals, jnp.cos(out), **tiles)[:4]
+        columns = module.column_squares(operands, SPEC, **tiles)
+        return high + low, mass + mass_low, out, *grads, columns
+
+    return jax.jit(run)
+
+
+OURS, REFERENCE = _everything(triton, tile=TILE), _everything(reference)
+
+
+@pytest.mark.parametrize("offset", [0, 33, 75, 200])
+def test_sums_and_gradients_of_keys_at_an_offset_equal_the_reference(offset):
+    found = OURS(_operands(), jnp.int32(offset))
+    want = REFERENCE(_operands(), jnp.int32(offset))
+    for ours, theirs in zip(found, want, strict=True):
+        assert np.max(np.abs(ours - theirs)) <= 1e-5
+    # Queries 0 to 69 see from 40 keys before to 9 keys after them: at 75 a few, at 200 none.
+    assert np.any(want[1] > 0) == (offset < 100)
+
+
+def test_sums_of_many_keys_keep_both_words():
+    keys = tiling.PLAIN_KEYS + 1
+    ones = jnp.ones((1, keys, 1, 4))
+    operands = Operands(jnp.zeros((1, 16, 1, 4)), ones, ones * 0.1, jnp.zeros((1, keys, 1)))
+    spec = Spec(scale=1.0, score_cap=0.0)
+    run = jax.jit(lambda o: triton.sums(o, spec, tile=tiling.Tile(16, 128, 4, 2)))
+    (high, low), (mass, _) = run(operands)
+    exact = keys * float(np.float32(0.1))
+    assert np.all(mass == keys)
+    # Groups of 256 keys round; what joins them does not, and one word of the result would.
+    assert np.all(low != 0)
+    assert np.max(np.abs(np.asarray(high, np.float64) + low - exact)) < 1e-3
