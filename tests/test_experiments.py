@@ -81,6 +81,16 @@ def test_reference_cost_smoke_compares_with_xla(tmp_path):
         assert (row["time_ratio"], row["peak_ratio"]) == (1, 1) or row not in plain
 
 
+def test_train_speed_smoke_compares_methods_and_times_one(tmp_path):
+    line = _smoke("train_speed", tmp_path)
+    (row,) = line["metrics"]
+    fields = {"model", "batch", "length", "remat", "method", "microbatch", "milliseconds"}
+    assert set(row) == fields | {"temp_bytes", "tokens_per_second", "run_id"}
+    assert row["method"] == "plain" and row["milliseconds"] > 0 and row["temp_bytes"] > 0
+    seconds = row["milliseconds"] / 1e3
+    assert abs(row["tokens_per_second"] - row["batch"] * row["length"] / seconds) < 1e-3 / seconds
+
+
 @pytest.mark.parametrize("name", ["private_memory", "reference_cost"])
 def test_experiment_writes_no_line_when_its_check_fails(name, tmp_path):
     # The check compares with float64; an answer that is off by a factor must stop the run.
