@@ -7,7 +7,8 @@ Three questions: ε of a history of many different steps, the first time and aft
 calibrating a training run's noise to a relative 1e-4, by our RDP curve, by loss distributions
 between our brackets, and by dp_accounting's own calibration; and ε of one training run by both.
 Every timed answer is checked first: the history's ε against a plain sum of its curves, the
-calibrated noise against its target, PLD against RDP.
+calibrated noise against its target, PLD against RDP. Times are CPU seconds of this process, all of
+its threads together, so that a busy machine does not count; `wall_seconds` stands beside them.
 """
 
 import argparse
@@ -65,14 +66,26 @@ SMOKE = Settings(
 )
 
 
-def timed(call: Callable[[], Any], repeats: int) -> tuple[Any, float, float]:
-    """The answer, the seconds of the first call, and the median seconds of the later ones."""
-    seconds = []
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """An answer and what it took: CPU seconds, and wall-clock seconds of the same calls."""
+
+    answer: Any
+    first: float
+    first_wall: float
+    later: float
+
+
+def timed(call: Callable[[], Any], repeats: int) -> Timed:
+    """The answer, the time of the first call, and the median time of the later ones."""
+    cpu, wall = [], []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        started, start = time.perf_counter(), time.process_time()
         answer = call()
-        seconds.append(time.perf_counter() - start)
-    return answer, seconds[0], statistics.median(seconds[1:])
+        cpu.append(time.process_time() - start)
+        wall.append(time.perf_counter() - started)
+    later = statistics.median(cpu[1:]) if repeats else cpu[0]
+    return Timed(answer, cpu[0], wall[0], later)
 
 
 def heterogeneous(settings: Settings) -> ledger.History:
@@ -104,20 +117,21 @@ def check_history(history: ledger.History, found: float, delta: float) -> None:
 def measure(settings: Settings) -> list[dict[str, Any]]:
     """Every timing, each after its check."""
     history = heterogeneous(settings)
-    found, first, later = timed(lambda: history.epsilon(settings.delta), settings.repeats)
-    check_history(history, found, settings.delta)
+    done = timed(lambda: history.epsilon(settings.delta), settings.repeats)
+    check_history(history, done.answer, settings.delta)
     one_more = history.spend(PoissonSampled(Gaussian(1.0), 0.001))
-    longer, after_a_step, _ = timed(lambda: one_more.epsilon(settings.delta), 1)
-    if not longer > found:
+    after = timed(lambda: one_more.epsilon(settings.delta), 0)
+    if not after.answer > done.answer:
         raise SystemExit("one more step did not cost more")
     metrics = [
         {
             "question": "epsilon of a heterogeneous history",
             "steps": settings.history_steps,
-            "epsilon": found,
-            "first_seconds": first,
-            "later_seconds": later,
-            "one_step_later_seconds": after_a_step,
+            "epsilon": done.answer,
+            "first_seconds": done.first,
+            "seconds": done.later,
+            "one_step_later_seconds": after.first,
+            "wall_seconds": done.first_wall,
         }
     ]
 
@@ -130,17 +144,11 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
             run, epsilon=settings.epsilon, delta=settings.delta, tolerance=settings.tolerance
         )
 
-    noise, first, _ = timed(ours, 1)
+    done = timed(ours, 0)
+    noise = done.answer
     if not accounting.epsilon(run(noise), settings.delta) <= settings.epsilon:
         raise SystemExit("the calibrated noise misses its target")
-    metrics.append(
-        {
-            "question": "calibration by RDP",
-            "noise_multiplier": noise,
-            "tolerance": settings.tolerance,
-            "seconds": first,
-        }
-    )
+    metrics.append(calibrated("calibration by RDP", done, settings))
 
     def by_loss() -> float:
         return calibrate.smallest(
@@ -151,35 +159,48 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
             cost=pld.epsilon,
         )
 
-    less, first, _ = timed(by_loss, 1)
+    pld.epsilon(Gaussian(1.0), settings.delta)  # importing dp_accounting is not the question
+    done = timed(by_loss, 0)
+    less = done.answer
     if not (pld.epsilon(run(less), settings.delta) <= settings.epsilon and less <= noise):
         raise SystemExit("the noise calibrated by loss distributions misses its target")
-    metrics.append(
-        {
-            "question": "calibration by loss distributions",
-            "noise_multiplier": less,
-            "tolerance": settings.tolerance,
-            "seconds": first,
-        }
-    )
+    metrics.append(calibrated("calibration by loss distributions", done, settings))
     if settings.rival_calibration:
         metrics.append(rival(settings, noise))
 
     event = run(noise)
-    renyi, renyi_first, _ = timed(lambda: accounting.epsilon(event, settings.delta), 1)
-    loss, loss_first, loss_later = timed(lambda: pld.epsilon(event, settings.delta), 1)
-    if not loss <= renyi:
-        raise SystemExit(f"PLD epsilon {loss} above RDP epsilon {renyi}")
+    renyi = timed(lambda: accounting.epsilon(event, settings.delta), 0)
+    loss = timed(lambda: pld.epsilon(event, settings.delta), settings.repeats)
+    if not loss.answer <= renyi.answer:
+        raise SystemExit(f"PLD epsilon {loss.answer} above RDP epsilon {renyi.answer}")
     metrics.append(
         {
-            "question": "epsilon of one training run",
-            "rdp_epsilon": renyi,
-            "rdp_seconds": renyi_first,
-            "pld_epsilon": loss,
-            "pld_seconds": min(loss_first, loss_later),
+            "question": "epsilon of one training run by RDP",
+            "epsilon": renyi.answer,
+            "seconds": renyi.first,
+            "wall_seconds": renyi.first_wall,
+        }
+    )
+    metrics.append(
+        {
+            "question": "epsilon of one training run by loss distributions",
+            "epsilon": loss.answer,
+            "seconds": loss.later,
+            "wall_seconds": loss.first_wall,
         }
     )
     return metrics
+
+
+def calibrated(question: str, done: Timed, settings: Settings) -> dict[str, Any]:
+    """One row about a calibration."""
+    return {
+        "question": question,
+        "noise_multiplier": float(done.answer),
+        "tolerance": settings.tolerance,
+        "seconds": done.first,
+        "wall_seconds": done.first_wall,
+    }
 
 
 def rival(settings: Settings, noise: float) -> dict[str, Any]:
@@ -192,24 +213,20 @@ def rival(settings: Settings, noise: float) -> dict[str, Any]:
         step = dp_accounting.PoissonSampledDpEvent(settings.sampling_rate, gaussian)
         return dp_accounting.SelfComposedDpEvent(step, settings.training_steps)
 
-    start = time.perf_counter()
-    found = dp_accounting.calibrate_dp_mechanism(
-        PLDAccountant,
-        make,
-        settings.epsilon,
-        settings.delta,
-        dp_accounting.ExplicitBracketInterval(0.1, 10.0),
-        tol=settings.tolerance * noise,
-    )
-    seconds = time.perf_counter() - start
-    if not found <= noise * (1 + 1e-3):
-        raise SystemExit(f"dp_accounting wants noise {found}, RDP only {noise}")
-    return {
-        "question": "calibration by dp_accounting's PLD",
-        "noise_multiplier": float(found),
-        "tolerance": settings.tolerance,
-        "seconds": seconds,
-    }
+    def theirs() -> float:
+        return dp_accounting.calibrate_dp_mechanism(
+            PLDAccountant,
+            make,
+            settings.epsilon,
+            settings.delta,
+            dp_accounting.ExplicitBracketInterval(0.1, 10.0),
+            tol=settings.tolerance * noise,
+        )
+
+    done = timed(theirs, 0)
+    if not done.answer <= noise * (1 + 1e-3):
+        raise SystemExit(f"dp_accounting wants noise {done.answer}, RDP only {noise}")
+    return calibrated("calibration by dp_accounting's PLD", done, settings)
 
 
 def main() -> None:

@@ -23,6 +23,9 @@ def test_accounting_speed_smoke_answers_its_questions(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = (tmp_path / "accounting_speed.jsonl").read_text().splitlines()
     metrics = {row["question"]: row for row in json.loads(line)["metrics"]}
-    assert len(metrics) == 4
-    run = metrics["epsilon of one training run"]
-    assert run["pld_epsilon"] <= run["rdp_epsilon"] <= 1.0
+    assert len(metrics) == 5
+    by_rdp, by_loss = (
+        metrics[f"epsilon of one training run by {name}"]["epsilon"]
+        for name in ("RDP", "loss distributions")
+    )
+    assert by_loss <= by_rdp <= 1.0
