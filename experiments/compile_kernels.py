@@ -182,7 +182,7 @@ def _hopper(case):
         clean, mass, factor, _ = residuals
         grads = None
         if mosaic_gpu_gradients.lacking(operands, spec) is None:
-            grads = mosaic_gpu.backward(operands, spec, residuals, cotangent)[:4]
+            grads = mosaic_gpu_gradients.fused(operands, spec, residuals, cotangent)[:4]
         return out, clean, mass, factor, columns, grads
 
     return run, arrays
