@@ -52,15 +52,19 @@ def _problem():
 
 @functools.cache
 def _plain_error(dtype: str) -> float:
-    """How far the plain gradients of the rows are from float64, in this dtype."""
-    params, args, exact, _ = _problem()
+    """How far plain gradients in this dtype, clipped in float64, are from the definition."""
+    params, args, exact, bound = _problem()
     plain = jax.jit(jax.grad(functools.partial(_loss, _DTYPES[dtype])))
-    pairs = enumerate(exact)
-    return sum(common.distance(plain(params, *(arg[i] for arg in args)), row) for i, row in pairs)
+    error = 0.0
+    for i, row in enumerate(exact):
+        leaves = jax.tree.leaves(plain(params, *(arg[i] for arg in args)))
+        mine = common.clip_in_order([[np.asarray(leaf, np.float64) for leaf in leaves]], bound)
+        error += common.distance(mine, common.clip_in_order([row], bound))
+    return error
 
 
 _METHODS = ("vmap", "two_pass", "one_pass")
-_QUICK = {("vmap", "bfloat16"), ("two_pass", "bfloat16"), ("one_pass", "bfloat16")}
+_QUICK = {("one_pass", "bfloat16")}
 
 
 @pytest.mark.parametrize(

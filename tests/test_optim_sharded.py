@@ -86,7 +86,7 @@ def _alone():
     return step(tx.init(PARAMS), _sums())
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2, 8])
 def test_privatize_adds_the_same_words_to_parts_on_one_two_and_eight_devices(devices):
     tx, mesh = _private(SPECS), _mesh(devices)
 
