@@ -2,6 +2,7 @@
 
     python experiments/attention_speed.py            # ten shapes on the default GPU, 3 minutes
     python experiments/attention_speed.py --smoke    # the correctness check alone, on any device
+    python experiments/attention_speed.py --plot     # the picture of the last run
 
 GPU kernel time by CUPTI, all implementations in one process, after a check of the private answer
 against the definition; no line is written if that fails. The time of `triton_private` is that of
@@ -12,6 +13,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import json
 import pathlib
 import statistics
 import sys
@@ -221,12 +223,52 @@ def measure(settings: Settings, passes: tuple[str, ...] = PASSES) -> list[dict]:
     return rows
 
 
+def plot(folder: pathlib.Path, figures: pathlib.Path) -> pathlib.Path:
+    """Draws the last run: time divided by that of cuDNN without privacy, for each shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    line = json.loads((folder / "attention_speed.jsonl").read_text().splitlines()[-1])
+    rows, shapes = line["metrics"], list(dict.fromkeys(row["shape"] for row in line["metrics"]))
+    times = {(r["pass"], r["shape"], r["implementation"]): r["milliseconds"] for r in rows}
+    passes = [which for which in PASSES if any(which == key[0] for key in times)]
+    shown = ("triton_private", "mosaic_private", "bolted_on")
+    figure, axes = pyplot.subplots(len(passes), 1, figsize=(9, 3.2 * len(passes)), squeeze=False)
+    for (ax,), which in zip(axes, passes, strict=True):
+        for number, name in enumerate(shown):
+            found = [
+                (place + 0.27 * (number - 1), times[which, shape, name])
+                for place, shape in enumerate(shapes)
+                if (which, shape, name) in times
+            ]
+            rivals = [times[which, shapes[round(x)], "cudnn"] for x, _ in found]
+            heights = [time / rival for (_, time), rival in zip(found, rivals, strict=True)]
+            ax.bar([x for x, _ in found], heights, 0.25, label=name)
+        ax.axhline(1.0, color="gray", linestyle=":")
+        ax.set(ylabel="time / cuDNN's", title=which.replace("_", " + "))
+        ax.set_xticks(range(len(shapes)), shapes, rotation=20, ha="right", fontsize=8)
+    axes[0][0].legend()
+    figure.suptitle(f"{line['device']}, commit {line['commit']}: 1 is cuDNN without privacy")
+    figure.tight_layout()
+    figures.mkdir(parents=True, exist_ok=True)
+    path = figures / "attention_speed.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, add_help=True)
     parser.add_argument("--smoke", action="store_true", help="check the answers, time nothing")
     parser.add_argument("--forward", action="store_true", help="time forward passes only")
+    parser.add_argument("--plot", action="store_true", help="draw the last run")
     parser.add_argument("--output", type=pathlib.Path, default=_common.RESULTS)
+    parser.add_argument("--figures", type=pathlib.Path, default=_common.FIGURES)
     given = parser.parse_args(arguments)
+    if given.plot:
+        print(plot(given.output, given.figures))
+        return
     settings, watch = Settings(), _common.Stopwatch()
     error = check(settings)
     print(f"largest difference from the definition: {error:.2e} of the value bound")

@@ -91,6 +91,15 @@ def test_train_speed_smoke_compares_methods_and_times_one(tmp_path):
     assert abs(row["tokens_per_second"] - row["batch"] * row["length"] / seconds) < 1e-3 / seconds
 
 
+def test_attention_scaling_smoke_has_lengths_and_devices(tmp_path):
+    line = _smoke("attention_scaling", tmp_path)
+    assert [row["mode"] for row in line["metrics"]] == ["length", "strong", "weak"]
+    for row in line["metrics"]:
+        rate = 1e3 * row["batch"] * row["length"] / row["milliseconds"]
+        assert abs(row["tokens_per_second"] / rate - 1) < 0.01
+        assert row["spread"] >= 0 and row["devices"] == 1
+
+
 @pytest.mark.parametrize("name", ["private_memory", "reference_cost"])
 def test_experiment_writes_no_line_when_its_check_fails(name, tmp_path):
     # The check compares with float64; an answer that is off by a factor must stop the run.

@@ -1,0 +1,266 @@
+"""How does private attention scale with the length of the sequence, and over devices?
+
+    python experiments/attention_scaling.py            # on all GPUs of the machine, 3 minutes
+    python experiments/attention_scaling.py --smoke    # tiny, on any device
+    python experiments/attention_scaling.py --plot     # the picture of the last run
+
+Lengths: one GPU, kernel time by CUPTI, batch × length fixed. Devices: the sequence sharded over 1,
+2, … GPUs by `context_parallel_attention` with sharded queries, wall-clock time of whole calls;
+"strong" keeps the length, "weak" the records of one device. `exchange_milliseconds` is what the
+call takes longer than one shard's attention over its own records does: the part of the
+communication (and of the noise on sums that have left the kernel) that nothing hides. No line is
+written if the sharded answer differs from the unsharded one by more than rounding.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import _common
+import jax
+import jax.numpy as jnp
+
+import dpfa_jax
+
+AXIS = "records"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is run.
+
+    Attributes:
+      lengths: of queries and keys on one device.
+      tokens: batch × length there.
+      heads: query and key heads.
+      width: of rows.
+      length: of the sequence that is sharded; of one device's part of it where scaling is weak.
+      batch: of the sharded calls.
+      iterations: timed calls; the median is reported.
+      dtype: of query, key and value.
+    """
+
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    tokens: int = 16384
+    heads: int = 16
+    width: int = 128
+    length: int = 16384
+    batch: int = 1
+    iterations: int = 5
+    dtype: str = "bfloat16"
+
+
+SMOKE = Settings(
+    lengths=(64,), tokens=64, heads=2, width=16, length=64, iterations=2, dtype="float32"
+)
+
+
+def _mechanism() -> dpfa_jax.IndependentNoise:
+    return dpfa_jax.IndependentNoise(1.0, value_bound=30.0, score_cap=4.0)
+
+
+def _attend(query, key, value, data, *, backend: str) -> jax.Array:
+    return dpfa_jax.private_attention(
+        query,
+        key,
+        value,
+        mechanism=_mechanism(),
+        rng=dpfa_jax.random.wrap_key_data(data),
+        queries="public",
+        backend=backend,
+    )
+
+
+def _cudnn(query, key, value, data) -> jax.Array:
+    del data
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+@functools.cache
+def _mesh(devices: int) -> jax.sharding.Mesh:
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((devices,), (AXIS,), axis_types=auto, devices=jax.devices()[:devices])
+
+
+@functools.cache
+def _sharded(mesh: jax.sharding.Mesh) -> Callable:
+    def attend(query, key, value, data):
+        return dpfa_jax.context_parallel_attention(
+            query,
+            key,
+            value,
+            axis_name=AXIS,
+            mechanism=_mechanism(),
+            rng=dpfa_jax.random.wrap_key_data(data),
+            queries="public",
+            shard_queries=True,
+        )
+
+    part = jax.sharding.PartitionSpec(None, AXIS)
+    specs = (part, part, part, jax.sharding.PartitionSpec())
+    return jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=part))
+
+
+def _arrays(settings: Settings, batch: int, length: int) -> tuple[jax.Array, ...]:
+    shape = (batch, length, settings.heads, settings.width)
+    keys = jax.random.split(jax.random.key(1), 3)
+    rows = (jax.random.normal(key, shape, settings.dtype) for key in keys)
+    return (*rows, jnp.arange(8, dtype=jnp.uint32))
+
+
+def check(settings: Settings, devices: int) -> float:
+    """Largest difference of the sharded answer from the unsharded one, relative to the value bound.
+
+    Raises:
+      RuntimeError: if it is more than the dtype's rounding explains.
+    """
+    arrays = _arrays(settings, 2, 40 * devices)
+    ours = _sharded(_mesh(devices))(*arrays).astype(jnp.float32)
+    wanted = jax.jit(functools.partial(_attend, backend="xla"))(*arrays).astype(jnp.float32)
+    error = float(jnp.max(jnp.abs(ours - wanted))) / _mechanism().value_bound
+    if not error < 0.02:
+        raise RuntimeError(f"The sharded answer is {error} away from the unsharded one.")
+    return error
+
+
+def _wall(run: Callable, arrays: tuple, iterations: int) -> list[float]:
+    """Milliseconds of calls one after another; the first, which compiles, is not among them."""
+    jax.block_until_ready(run(*arrays))
+    times = []
+    for _ in range(iterations):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def _kernels(run: Callable, arrays: tuple, iterations: int) -> list[float]:
+    """Milliseconds of the kernels on a GPU; of the calls elsewhere."""
+    if jax.default_backend() != "gpu":
+        return _wall(run, arrays, iterations)
+    from jax.experimental.mosaic.gpu import profiler
+
+    jax.block_until_ready(run(*arrays))
+    _, times = profiler.measure(run, iterations=iterations)(*arrays)
+    return times or []
+
+
+def _row(settings: Settings, mode: str, implementation: str, times: list[float], **more) -> dict:
+    middle = statistics.median(times)
+    tokens = more["batch"] * more["length"]
+    row = {
+        "mode": mode,
+        "implementation": implementation,
+        **more,
+        "heads": settings.heads,
+        "head_dim": settings.width,
+        "milliseconds": round(middle, 4),
+        "spread": round((max(times) - min(times)) / middle, 4),
+        "tokens_per_second": round(1e3 * tokens / middle),
+    }
+    print(f"{mode:8} {implementation:24} {more} {row['milliseconds']:10.4f} ms", flush=True)
+    return row
+
+
+def over_lengths(settings: Settings) -> Iterator[dict]:
+    """Rows of one device, all implementations that can do a length."""
+    programs: dict[str, Callable] = {"private": functools.partial(_attend, backend="auto")}
+    if jax.default_backend() == "gpu":
+        programs["triton_private"] = functools.partial(_attend, backend="triton")
+        programs["cudnn"] = _cudnn
+    for length in settings.lengths:
+        batch = max(1, settings.tokens // length)
+        arrays = _arrays(settings, batch, length)
+        for name, run in programs.items():
+            times = _kernels(jax.jit(run), arrays, settings.iterations)
+            yield _row(settings, "length", name, times, devices=1, batch=batch, length=length)
+
+
+def over_devices(settings: Settings) -> Iterator[dict]:
+    """Rows of 1, 2, 4, … devices: the whole length kept, then one device's part of it."""
+    alone = jax.jit(functools.partial(_attend, backend="auto"))
+    counts = [2**i for i in range(10) if 2**i <= jax.device_count()]
+    for mode in ("strong", "weak"):
+        for devices in counts:
+            length = settings.length * (devices if mode == "weak" else 1)
+            mesh = _mesh(devices)
+            arrays = _arrays(settings, settings.batch, length)
+            part = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(None, AXIS))
+            whole = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            placed = jax.device_put(arrays, (part, part, part, whole))
+            times = _wall(_sharded(mesh), placed, settings.iterations)
+            # What one device does at least: all queries against the records that it holds.
+            query, *records = arrays[:3]
+            own = (query, *(x[:, : length // devices] for x in records), arrays[3])
+            least = statistics.median(_wall(alone, own, settings.iterations))
+            row = _row(
+                settings,
+                mode,
+                "context_parallel",
+                times,
+                devices=devices,
+                batch=settings.batch,
+                length=length,
+            )
+            yield row | {"exchange_milliseconds": round(row["milliseconds"] - least, 4)}
+
+
+def plot(folder: pathlib.Path, figures: pathlib.Path) -> pathlib.Path:
+    """Draws the last run: time per token against the length, time against the devices."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = json.loads((folder / "attention_scaling.jsonl").read_text().splitlines()[-1])["metrics"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for name in dict.fromkeys(row["implementation"] for row in rows if row["mode"] == "length"):
+        mine = [r for r in rows if r["mode"] == "length" and r["implementation"] == name]
+        rates = [r["tokens_per_second"] for r in mine]
+        left.loglog([r["length"] for r in mine], rates, marker="o", label=name)
+    left.set(xlabel="length", ylabel="tokens a second, one device")
+    left.legend()
+    for mode in ("strong", "weak"):
+        mine = [r for r in rows if r["mode"] == mode]
+        best = mine[0]["milliseconds"]
+        # Every query reads every record: with n parts n times the work falls to each device.
+        work = (1 / r["devices"] if mode == "strong" else r["devices"] for r in mine)
+        share = [best * w / r["milliseconds"] for r, w in zip(mine, work, strict=True)]
+        right.plot([r["devices"] for r in mine], share, marker="o", label=mode)
+    right.set(xlabel="devices", ylabel="efficiency", ylim=(0, None))
+    right.legend()
+    figures.mkdir(parents=True, exist_ok=True)
+    path = figures / "attention_scaling.png"
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--results", type=pathlib.Path, default=_common.RESULTS)
+    parser.add_argument("--figures", type=pathlib.Path, default=_common.FIGURES)
+    given = parser.parse_args()
+    if given.plot:
+        print(plot(given.results, given.figures))
+        return
+    settings, watch = SMOKE if given.smoke else Settings(), _common.Stopwatch()
+    if jax.default_backend() != "gpu" and not given.smoke:
+        sys.exit("Timings need NVIDIA GPUs. Pass --smoke to run tiny calls on this device.")
+    error = check(settings, jax.device_count())
+    print(f"largest difference from the unsharded answer: {error:.2e} of the value bound")
+    run_id = uuid.uuid4().hex[:12]
+    rows = [row | {"run_id": run_id} for row in (*over_lengths(settings), *over_devices(settings))]
+    _common.append_line(given.results, "attention_scaling", settings, rows, watch.seconds())
+
+
+if __name__ == "__main__":
+    main()
