@@ -149,7 +149,7 @@ def test_training_without_noise_or_a_bound_is_gradient_descent():
 
 
 def test_units_without_rows_or_with_nothing_but_nans_add_nothing():
-    run = clipping.clipped_grad(_loss, clip_norm=1.0, unit=3)
+    run = clipping.clipped_grad(_loss, clip_norm=1.0, unit=3, microbatch_size=7)
     ids = jnp.arange(40) % 3
     nobody = jnp.zeros(40, bool)
     poisoned = jax.tree.map(lambda leaf: jnp.full_like(leaf, math.nan), RECORDS)
@@ -163,8 +163,8 @@ def test_units_without_rows_or_with_nothing_but_nans_add_nothing():
         made = summed(records, mask, own)
         assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(made.tree))
         assert int(made.nonfinite) == bad
-    # One bad row takes its unit with it, and nobody else's.
-    one = RECORDS | {"x": RECORDS["x"].at[0].set(math.nan)}
+    # One bad number, in one column of the gradient, takes its whole unit and nobody else's.
+    one = RECORDS | {"y": RECORDS["y"].at[0, 0].set(math.nan)}
     made, without = summed(one, ~nobody, ids), summed(RECORDS, ids != 0, ids)
     assert _bits(made.tree) == _bits(without.tree) and int(made.nonfinite) == 1
 
