@@ -95,8 +95,9 @@ def events(fn: Callable[..., Any], *specs: Any, **keyword_specs: Any) -> Event:
     A release in a scan counts once per step, in a vmapped function once per example, in a shard_map
     or pmap once per shard; but once for all shards along a mesh axis where the value is known to be
     equal on them (a sum after `psum`), or that make it together (`context_parallel_attention`, or
-    `optim.privatize` of parameters in parts). With check_vma=False nothing is known. All branches of a cond are charged. Recomputation (`jax.checkpoint` under `grad`) is charged
-    again, though the noise is the same.
+    `optim.privatize` of parameters in parts). With check_vma=False nothing is known. All branches
+    of a cond are charged. Recomputation (`jax.checkpoint` under `grad`) is charged again, though
+    the noise is the same.
 
     Args:
       fn: a function that JAX can trace.
