@@ -112,7 +112,7 @@ def test_privatize_adds_the_same_words_to_parts_on_one_two_and_eight_devices(dev
 def test_normals_of_parts_are_the_slices_of_the_whole_and_no_two_repeat():
     data = random.key_data(jax.random.key(3))
     shapes = [(1024, 1024), (16, 3), (6, 24), (2, 8, 5)]  # the first has a key of its own
-    specs = [P("a"), P(("b", "a")), P(None, "b"), P("a", ("b",))]
+    specs = [P(("a", "b")), P(("b", "a")), P(None, ("b", "a")), P("a", "b")]
     tree = [jnp.zeros(shape) for shape in shapes]
 
     def whole(data):
