@@ -196,17 +196,6 @@ def _words(rng):
     return reference.noise_field(random.key_data(rng), B, T, N, WIDTH)[0]
 
 
-def test_noise_is_drawn_once_from_the_words_of_the_unsharded_call():
-    query, key, value = arrays()
-    run = jax.jit(sharded(BARE, backend="xla"))
-    noise, step = _noise(run(query, jnp.full_like(key, jnp.nan), value, KEY))
-    assert np.max(np.abs(noise - _words(KEY))) <= 0.51 * step
-    # Noise of every shard, or none, is far from that.
-    folded = sum(_words(random.fold_in(KEY, shard)) for shard in range(SHARDS))
-    for wrong in (folded, folded / math.sqrt(SHARDS), 0 * folded):
-        assert np.max(np.abs(wrong - noise)) > 1
-
-
 def test_noise_of_sharded_queries_has_the_words_of_their_rows():
     plan = context._Plan("xla", Spec(scale=1.0, score_cap=1.0), ("seq",), True, (1.0, 1.0))
     run = jax.shard_map(
@@ -222,7 +211,7 @@ def test_noise_of_sharded_queries_has_the_words_of_their_rows():
         assert np.allclose(ours, want, rtol=0, atol=1e-6)
 
 
-def test_other_mesh_axes_and_examples_of_a_vmap_are_calls_of_their_own():
+def test_noise_is_drawn_once_for_all_shards_and_anew_for_other_axes_and_examples():
     query, key, value = arrays()
     query, key, value = (
         jnp.concatenate([x, x]) for x in (query, jnp.full_like(key, jnp.nan), value)
@@ -237,12 +226,17 @@ def test_other_mesh_axes_and_examples_of_a_vmap_are_calls_of_their_own():
     run = jax.vmap(run, (0, None, None, None))
     given = jnp.stack([query] * 3), key, value, KEY
     noise, step = _noise(jax.jit(run)(*given))
-    want = [
-        [_words(random.fold_in(random.fold_in(KEY, data), example)) for data in range(2)]
+    keys = [
+        [random.fold_in(random.fold_in(KEY, data), example) for data in range(2)]
         for example in range(3)
     ]
+    want = np.asarray(jax.tree.map(_words, keys)).reshape(noise.shape)
     # Four shards for eight: the noise differs in the last digits.
-    assert np.max(np.abs(noise - np.asarray(want).reshape(noise.shape))) <= 0.51 * step + 1e-5
+    assert np.max(np.abs(noise - want)) <= 0.51 * step + 1e-5
+    # Noise of every shard, or none, is far from that.
+    folded = sum(_words(random.fold_in(keys[0][0], shard)) for shard in range(4))
+    for wrong in (folded, folded / 2, 0 * folded):
+        assert np.max(np.abs(wrong - noise[0, :B])) > 1
     event = BARE.event((B, T, N, H), (B, S, K, H), (B, S, K, WIDTH))
     assert accounting.events(run, *given) == accounting.Repeated(event, 6)
 
