@@ -44,7 +44,8 @@ def _rounded(pairs, text: str, half: str):
     return words, [arith.addf(*row) for row in sums]
 
 
-def _packed(words, shape, dtype):
+def packed(words, shape, dtype):
+    """The array of 16-bit numbers of which this thread holds `words`, two in each."""
     kind = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
     registers = np.empty(rg.PACKED.to_mgpu().registers_shape(shape), dtype=object)
     for index, word in enumerate(words):
@@ -83,7 +84,7 @@ def capped_weights(scores, offset, mass, *, cap: float, factor: float, dtype):
         ]
         words, sums = _rounded(pairs, text, half)
         sums = [arith.addf(a, b) for a, b in zip(rg.numbers(mass), sums, strict=True)]
-        return _packed(words, shape, dtype), rg.from_numbers(sums, (ROWS,), rg.ROW)
+        return packed(words, shape, dtype), rg.from_numbers(sums, (ROWS,), rg.ROW)
 
     return run(scores, offset, mass)
 
@@ -128,7 +129,7 @@ def online_weights(scores, offset, mass, best, *, factor: float, shift: int, dty
         shrink = [rg.approximate("ex2", arith.subf(a, b)) for a, b in zip(old, new, strict=True)]
         sums = [rg.fma(m, f, x) for m, f, x in zip(rg.numbers(mass), shrink, sums, strict=True)]
         rows = (rg.from_numbers(x, (ROWS,), rg.ROW) for x in (sums, new, shrink))
-        return _packed(words, shape, dtype), *rows
+        return packed(words, shape, dtype), *rows
 
     return run(scores, offset, mass, best)
 
@@ -227,7 +228,7 @@ def row_sums(high, low):
     return run(high, low)
 
 
-def _step_offsets(ref, swizzle: int, rows: int, *, product: str):
+def step_offsets(ref, swizzle: int, rows: int, *, product: str):
     """Descriptor of a matrix in shared memory, and how far each step of 16 moves it, in bytes.
 
     Args:
@@ -294,12 +295,13 @@ def _product(total, left, right, half: str, columns: int, *, transposed: bool, a
     return [llvm.extractvalue(rg.f32(), out, [i]) for i in range(count)]
 
 
-def _pipeline(instruction: str):
+def pipeline(instruction: str):
+    """One of `wgmma`'s instructions without operands: "fence" or "commit_group"."""
     void = ir.Type.parse("!llvm.void")
     rg.asm(void, [], f"wgmma.{instruction}.sync.aligned;", "~{memory}", effects=True)
 
 
-def _wait_group(numbers, in_flight: int, spent=()):
+def wait_group(numbers, in_flight: int, spent=()):
     """Waits until so many products are in flight.
 
     Args:
@@ -331,33 +333,33 @@ def scores(query_ref, key_ref, matrix):
         return_type=plgpu.ShapeDtypeStruct((ROWS, keys), jnp.float32, rg.TILE),
     )
     def run(_, query, key):
-        _pipeline("fence")
+        pipeline("fence")
         found = _issue_scores(query, key, matrix, keys)
-        return rg.from_numbers(_wait_group(found, 0), (ROWS, keys), rg.TILE)
+        return rg.from_numbers(wait_group(found, 0), (ROWS, keys), rg.TILE)
 
     return run(query_ref, key_ref)
 
 
 def _issue_scores(query, key, matrix, keys: int):
-    left, left_steps = _step_offsets(query, matrix.swizzle, ROWS, product="left")
-    right, right_steps = _step_offsets(key, matrix.swizzle, keys, product="right")
+    left, left_steps = step_offsets(query, matrix.swizzle, ROWS, product="left")
+    right, right_steps = step_offsets(key, matrix.swizzle, keys, product="right")
     total = None
     for a, b in zip(left_steps, right_steps, strict=True):
         place = [_moved(left, a)], _moved(right, b)
         total = _product(total, *place, matrix.half, keys, transposed=False)
-    _pipeline("commit_group")
+    pipeline("commit_group")
     return total
 
 
 def _issue_sums(total, weights, value, matrix, width: int, add):
-    base, steps = _step_offsets(value, matrix.swizzle, width, product="values")
+    base, steps = step_offsets(value, matrix.swizzle, width, product="values")
     words = [llvm.bitcast(rg.i32(), register) for register in weights.registers.flat]
     for index, step in enumerate(steps):
         four = words[4 * index : 4 * index + 4]
         place = four, _moved(base, step)
         switch = None if index else add
         total = _product(total, *place, matrix.half, width, transposed=True, add=switch)
-    _pipeline("commit_group")
+    pipeline("commit_group")
     return total
 
 
@@ -387,7 +389,7 @@ def overlapped(query_ref, key_ref, value_ref, weights, total, add, key_matrix, v
 
     @rg.inline(arg_types=(key_kind, key_kind), return_type=tile)
     def begin(_, query, key):
-        _pipeline("fence")
+        pipeline("fence")
         return rg.from_numbers(
             _issue_scores(query, key, key_matrix, next_keys), tile.shape, rg.TILE
         )
@@ -396,9 +398,9 @@ def overlapped(query_ref, key_ref, value_ref, weights, total, add, key_matrix, v
         arg_types=(value_kind, rg.PACKED, rg.TILE, rg.TILE, rg.SCALAR), return_type=(tile, sums)
     )
     def proceed(_, value, weights, total, found, add):
-        _pipeline("fence")
+        pipeline("fence")
         new = _issue_sums(rg.numbers(total), weights, value, value_matrix, width, rg.scalar(add))
-        found = _wait_group(rg.numbers(found), 1)
+        found = wait_group(rg.numbers(found), 1)
         return rg.from_numbers(found, tile.shape, rg.TILE), rg.from_numbers(
             new, sums.shape, rg.TILE
         )
@@ -433,7 +435,7 @@ def finish(total, spent):
     )
     def run(_, total, spent):
         words = [llvm.bitcast(rg.i32(), register) for register in spent.registers.flat]
-        return rg.from_numbers(_wait_group(rg.numbers(total), 0, words), total.shape, rg.TILE)
+        return rg.from_numbers(wait_group(rg.numbers(total), 0, words), total.shape, rg.TILE)
 
     return run(total, spent)
 
@@ -447,9 +449,9 @@ def sums(value_ref, weights, total, add, matrix):
         return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE),
     )
     def run(_, value, weights, total, add):
-        _pipeline("fence")
+        pipeline("fence")
         new = _issue_sums(rg.numbers(total), weights, value, matrix, width, rg.scalar(add))
-        return rg.from_numbers(_wait_group(new, 0), (ROWS, width), rg.TILE)
+        return rg.from_numbers(wait_group(new, 0), (ROWS, width), rg.TILE)
 
     return run(value_ref, weights, total, add)
 

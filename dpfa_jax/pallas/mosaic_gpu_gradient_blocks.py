@@ -47,8 +47,8 @@ def start(left_ref, right_ref, matrix):
 
     @rg.inline(arg_types=(kind, kind), return_type=_tile(columns))
     def run(_, left, right):
-        one, lefts = blocks._step_offsets(left, matrix.swizzle, ROWS, product="left")
-        two, rights = blocks._step_offsets(right, matrix.swizzle, columns, product="right")
+        one, lefts = blocks.step_offsets(left, matrix.swizzle, ROWS, product="left")
+        two, rights = blocks.step_offsets(right, matrix.swizzle, columns, product="right")
         places = [((one, a), (two, b)) for a, b in zip(lefts, rights, strict=True)]
         return rg.from_numbers(_issue(None, places, matrix.half, columns), (ROWS, columns), rg.TILE)
 
@@ -70,7 +70,7 @@ def add(total, words, right_ref, matrix):
         arg_types=(rg.TILE, rg.PACKED, plgpu.RefType(matrix.transforms)), return_type=_tile(width)
     )
     def run(_, total, words, right):
-        base, moves = blocks._step_offsets(right, matrix.swizzle, width, product="values")
+        base, moves = blocks.step_offsets(right, matrix.swizzle, width, product="values")
         given = _words(words)
         places = [(given[4 * i : 4 * i + 4], (base, move)) for i, move in enumerate(moves)]
         found = _issue(rg.numbers(total), places, matrix.half, width, across=(0, 1))
@@ -91,7 +91,7 @@ def wait(in_flight: int, tiles, spent=()):
     def run(_, *given):
         numbers = [rg.numbers(tile) for tile in given[:count]]
         words = [word for array in given[count:] for word in _words(array)]
-        flat = blocks._wait_group([x for part in numbers for x in part], in_flight, words)
+        flat = blocks.wait_group([x for part in numbers for x in part], in_flight, words)
         found, place = [], 0
         for part, shape in zip(numbers, shapes, strict=True):
             found.append(rg.from_numbers(flat[place : place + len(part)], shape, rg.TILE))
@@ -173,7 +173,7 @@ def weights(scores, offset, first, best, inverse, *, cap, factor: float, dtype):
                 weight = arith.mulf(weight, factors[column])
             found.append(weight)
         words = _round(found, half)
-        return rg.from_numbers(found, shape, rg.TILE), blocks._packed(words, shape, dtype)
+        return rg.from_numbers(found, shape, rg.TILE), blocks.packed(words, shape, dtype)
 
     return run(scores, offset, *places, *columns)
 
@@ -236,7 +236,7 @@ def differences(products, weights, delta, inverse, limit, total, *, dtype):
                 change = arith.select(free, change, zero)
             found.append(change)
         words = _round(found, half)
-        return blocks._packed(words, shape, dtype), rg.from_numbers(sums, (ROWS,), rg.ROW)
+        return blocks.packed(words, shape, dtype), rg.from_numbers(sums, (ROWS,), rg.ROW)
 
     return run(products, weights, *columns, *rows)
 
@@ -318,10 +318,10 @@ def start_transposed(left_ref, right_ref, wg, left_matrix, right_matrix):
         return_type=_tile(columns),
     )
     def run(_, left, right, wg):
-        one, left_steps = blocks._step_offsets(left, left_matrix.swizzle, ROWS, product="values")
+        one, left_steps = blocks.step_offsets(left, left_matrix.swizzle, ROWS, product="values")
         right = mgpu.utils.memref_fold(right, 0, 2)
         size = max(columns, right_matrix.swizzle // 2)
-        two, right_steps = blocks._step_offsets(right, right_matrix.swizzle, size, product="values")
+        two, right_steps = blocks.step_offsets(right, right_matrix.swizzle, size, product="values")
         # The next 64 columns are the next tile of 8 rows; 32 of them are half a row.
         move = 1024 if whole or columns == 64 else 2 * columns
         i64 = ir.IntegerType.get_signless(64)
@@ -348,7 +348,7 @@ def _issue(total, places, half: str, columns: int, across=(0, 0)):
       columns: of the product.
       across: whether left, right are read across their rows.
     """
-    blocks._pipeline("fence")
+    blocks.pipeline("fence")
     count = columns // 2
     names = ", ".join(f"${i}" for i in range(count))
     struct = llvm.StructType.get_literal([rg.f32()] * count)
@@ -372,7 +372,7 @@ def _issue(total, places, half: str, columns: int, across=(0, 0)):
         kinds = ["=f"] * count + [str(i) for i in range(len(old))] + kinds + ["l"]
         out = rg.asm(struct, [*old, *given, right], text, ",".join(kinds), effects=True)
         total = [llvm.extractvalue(rg.f32(), out, [i]) for i in range(count)]
-    blocks._pipeline("commit_group")
+    blocks.pipeline("commit_group")
     return total
 
 

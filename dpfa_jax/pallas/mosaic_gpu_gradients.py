@@ -208,9 +208,9 @@ def fused(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Array
 
 def _backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Array) -> tuple:
     given = operands
-    operands, bias = triton._fold_masks(operands, spec)
+    operands, bias = triton.fold_masks(operands, spec)
     clean, mass, factor, best = residuals
-    d_ratio, inverse, delta = triton._coefficients(spec, clean, mass, factor, cotangent)
+    d_ratio, inverse, delta = triton.gradient_coefficients(spec, clean, mass, factor, cotangent)
     rows = {"delta": delta, "inverse": inverse}
     if given.key.dtype != jnp.float16:
         # The cotangents carry the division, which could overflow in float16.

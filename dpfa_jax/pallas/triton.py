@@ -108,7 +108,7 @@ def _plan(operands: Operands, spec: Spec, pick: Callable, tile: Any) -> Plan:
     )
 
 
-def _fold_masks(operands: Operands, spec: Spec, shift: int = 0) -> tuple[Operands, jax.Array]:
+def fold_masks(operands: Operands, spec: Spec, shift: int = 0) -> tuple[Operands, jax.Array]:
     """Masks of keys alone and the reference become weights, in units of ln 2.
 
     Returns:
@@ -250,7 +250,7 @@ def forward(
       factors of the projection and running maxima.
     """
     shift = triton_kernels.SHIFT if operands.key.dtype == jnp.float16 else 0
-    operands, bias = _fold_masks(operands, spec, shift)
+    operands, bias = fold_masks(operands, spec, shift)
     plan = _plan(operands, spec, tiling.forward_tile, tile)
     batch, queries, heads, _ = operands.query.shape
     inputs = _arguments(plan, operands, bias, by_key=False)
@@ -292,7 +292,7 @@ def sums(operands: Operands, spec: Spec, *, tile: tiling.Tile | None = None) -> 
       ((N high, N low), (D high, D low)), float32 of shapes (B, T, N, h) and (B, T, N).
     """
     shift = triton_kernels.SHIFT if operands.key.dtype == jnp.float16 else 0
-    operands, bias = _fold_masks(operands, spec, shift)
+    operands, bias = fold_masks(operands, spec, shift)
     plan = _plan(operands, spec, tiling.forward_tile, tile)
     batch, queries, heads, _ = operands.query.shape
     inputs = _arguments(plan, operands, bias, by_key=False)
@@ -361,7 +361,7 @@ def backward(
       where a kernel writes the whole sum, else in float32.
     """
     given = operands
-    operands, bias = _fold_masks(operands, spec)
+    operands, bias = fold_masks(operands, spec)
     plan = _plan(operands, spec, tiling.backward_tile, tile)
     clean, mass, factor, best = residuals
     flags = operands.flags
@@ -370,7 +370,7 @@ def backward(
         dead = jnp.any(factor <= 0, axis=(1, 2)).astype(jnp.int32)[:, None]
         flags = jnp.broadcast_to(flags, (dead.shape[0], flags.shape[1]))
         flags = jnp.concatenate([flags, dead], axis=1)
-    d_ratio, inverse, delta = _coefficients(spec, clean, mass, factor, cotangent)
+    d_ratio, inverse, delta = gradient_coefficients(spec, clean, mass, factor, cotangent)
     rows = [("delta", delta)]
     if plan.divides:
         rows.append(("inverse", inverse))
@@ -444,7 +444,7 @@ def _key_outputs(plan: Plan, batch, keys, kv_heads, names) -> list[triton_calls.
     return outputs
 
 
-def _coefficients(spec: Spec, clean, mass, factor, cotangent) -> tuple:
+def gradient_coefficients(spec: Spec, clean, mass, factor, cotangent) -> tuple:
     """d ratio (B, T, N, h), 1/D and δ = d ratio·ratio (B, N, T): what the answer's gradient needs.
 
     The ratio is projected by `factor` to the clean answer. Where that is below 1 the cotangent
@@ -475,7 +475,7 @@ def column_squares(operands: Operands, spec: Spec, *, tile: tiling.Tile | None =
     With the scores of `forward`, bit for bit: a weight that were larger there than here would
     exceed the norm that a record's contribution is clipped to.
     """
-    operands, bias = _fold_masks(operands, spec)
+    operands, bias = fold_masks(operands, spec)
     plan = _plan(operands, spec, tiling.backward_tile, tile)
     batch, keys, kv_heads = operands.query.shape[0], *operands.key.shape[1:3]
     inputs = _arguments(plan, operands, bias, by_key=True)
