@@ -79,7 +79,7 @@ def _has_hopper() -> bool:
 def _shape(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
     """A result that varies over the mesh axes over which `like` does."""
     manual = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=None if manual.empty else manual)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
 
 
 def _offsets(operands: Operands, spec: Spec, shift: int, block_k: int):

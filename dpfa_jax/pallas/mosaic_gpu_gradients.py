@@ -112,7 +112,7 @@ def _run(plan: Plan, inputs: dict) -> tuple:
 
     def output(shape, dtype):
         manual = jax.typeof(key).manual_axis_type
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=None if manual.empty else manual)
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
 
     padded = plan.key_blocks * BLOCK_K
     outputs = [

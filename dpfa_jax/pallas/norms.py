@@ -186,9 +186,7 @@ def _launch(body: Any, programs: int, fast: bool, x: jax.Array, dy: jax.Array) -
         kernel,
         grid=(programs,),
         out_specs=pl.BlockSpec((None, 2), lambda number: (number, 0)),
-        out_shape=jax.ShapeDtypeStruct(
-            (programs, 2), jnp.float32, manual_axis_type=None if manual.empty else manual
-        ),
+        out_shape=jax.ShapeDtypeStruct((programs, 2), jnp.float32, manual_axis_type=manual),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         interpret=not fast,
         name=kernel.__name__,
