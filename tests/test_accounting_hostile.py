@@ -287,3 +287,35 @@ def test_dp_accounting_agrees_on_composed_plans():
     ours = convert.epsilons(orders, accounting.rdp_curve(event, orders), 1e-6).min()
     assert accountant.get_epsilon(1e-6) == pytest.approx(float(ours), rel=1e-9)
     assert isinstance(pld.dp_event(event), dp_event.ComposedDpEvent)
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+    st.floats(0.5, 20.0),
+    st.floats(1e-4, 0.5),
+    st.integers(1, 400),
+    st.integers(1, 3),
+    st.floats(1e-9, 0.1),
+)
+def test_every_other_argument_costs_in_its_own_direction(multiplier, rate, size, rows, delta):
+    """More members drawn, fewer kept, more rows of one person, more scalars of noise that ends."""
+
+    def cost(event):
+        return accounting.epsilon(event, delta)
+
+    def truncated(capacity):
+        return TruncatedPoissonSampled(Gaussian(multiplier), rate, 1000, capacity)
+
+    def fixed(members):
+        return SampledWithoutReplacement(2.0 * multiplier, 1.0, members, 1000)
+
+    slack = 1 + 1e-8
+    assert cost(truncated(size + 50)) <= cost(truncated(size)) * slack + 1e-15
+    assert cost(fixed(size)) <= cost(fixed(2 * size)) * slack + 1e-15
+    for event in (truncated(size), fixed(size), Laplace(multiplier), Gaussian(multiplier)):
+        group, larger = (accounting.groups.grouped(event, count) for count in (rows, rows + 1))
+        assert cost(group) <= cost(larger) * slack + 1e-15
+    few, many = (Gaussian(multiplier, 10**power, 64) for power in (2, 6))
+    assert cost(Gaussian(multiplier)) <= cost(few) * slack
+    assert cost(few) <= cost(many) * slack
+    assert cost(Composed((few, Deviation(delta / 9)))) >= cost(few) / slack
