@@ -64,8 +64,9 @@ def preferred(keys: int) -> bool:
     """Whether these kernels run on the default device, and faster than Triton's.
 
     Args:
-      keys: rows of one memory. On an H200 Triton was faster on all shapes up to 2048 of them, and
-        slower from 4096 on (experiments/attention_speed.py).
+      keys: rows of one memory. On an H200 Triton was faster up to 2048 of them and slower from
+        4096 on (experiments/attention_speed.py) while these kernels copied their inputs, which
+        they no longer do: the bound is too high by now, by how much is not measured.
     """
     return _has_hopper() and keys > _FASTER_FROM
 
