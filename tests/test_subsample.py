@@ -83,11 +83,11 @@ def test_poisson_gaussian_equals_its_definition_in_every_corner(rate, noise_mult
             continue
         exact = poisson_by_quadrature(rate, noise_multiplier, order)
         found = subsample.poisson_gaussian(noise_multiplier, rate, order)[0]
-        # At order 1 + 1e-5 the stable sum still loses five digits of sixteen: upwards.
-        assert exact <= found <= exact * (1 + mpmath.mpf(2e-10))
+        assert exact <= found <= exact * (1 + mpmath.mpf(3e-11))
     exact = poisson_by_binomial_sum(rate, noise_multiplier, 10_000)
     found = subsample.poisson_gaussian(noise_multiplier, rate, 1e4)[0]
-    assert exact <= found <= exact * (1 + mpmath.mpf(2e-11))
+    lost = 2.0**-50 * 1e4 * -math.log(rate)  # what Q1 (subsample.md) adds for its exponents
+    assert exact <= found <= exact * (1 + mpmath.mpf(2e-11 + lost))
 
 
 def test_poisson_gaussian_agrees_with_dp_accounting():
