@@ -272,9 +272,9 @@ def context_parallel_attention(
       >>> noise = dpfa_jax.IndependentNoise(noise_multiplier=1.0, value_bound=1.0, score_cap=2.0)
       >>> attend = functools.partial(
       ...     context_parallel_attention, axis_name="seq", mechanism=noise, queries="public")
-      >>> sharded = jax.shard_map(
+      >>> sharded = jax.jit(jax.shard_map(
       ...     lambda q, k, v, rng: attend(q, k, v, rng=rng), mesh=mesh,
-      ...     in_specs=(one, spec, spec, one), out_specs=one)
+      ...     in_specs=(one, spec, spec, one), out_specs=one))
       >>> q, k = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 9, 1, 4))
       >>> sharded(q, k, k, jax.random.key(0)).shape
       (1, 2, 1, 4)

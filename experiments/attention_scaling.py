@@ -66,6 +66,7 @@ def _mechanism() -> dpfa_jax.IndependentNoise:
     return dpfa_jax.IndependentNoise(1.0, value_bound=30.0, score_cap=4.0)
 
 
+@functools.partial(jax.jit, static_argnames="backend")
 def _attend(query, key, value, data, *, backend: str) -> jax.Array:
     return dpfa_jax.private_attention(
         query,
@@ -78,6 +79,7 @@ def _attend(query, key, value, data, *, backend: str) -> jax.Array:
     )
 
 
+@jax.jit
 def _cudnn(query, key, value, data) -> jax.Array:
     del data
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
@@ -123,7 +125,7 @@ def check(settings: Settings, devices: int) -> float:
     """
     arrays = _arrays(settings, 2, 40 * devices)
     ours = _sharded(_mesh(devices))(*arrays).astype(jnp.float32)
-    wanted = jax.jit(functools.partial(_attend, backend="xla"))(*arrays).astype(jnp.float32)
+    wanted = _attend(*arrays, backend="xla").astype(jnp.float32)
     error = float(jnp.max(jnp.abs(ours - wanted))) / _mechanism().value_bound
     if not error < 0.02:
         raise RuntimeError(f"The sharded answer is {error} away from the unsharded one.")
@@ -179,13 +181,13 @@ def over_lengths(settings: Settings) -> Iterator[dict]:
         batch = max(1, settings.tokens // length)
         arrays = _arrays(settings, batch, length)
         for name, run in programs.items():
-            times = _kernels(jax.jit(run), arrays, settings.iterations)
+            times = _kernels(run, arrays, settings.iterations)
             yield _row(settings, "length", name, times, devices=1, batch=batch, length=length)
 
 
 def over_devices(settings: Settings) -> Iterator[dict]:
     """Rows of 1, 2, 4, … devices: the whole length kept, then one device's part of it."""
-    alone = jax.jit(functools.partial(_attend, backend="auto"))
+    alone = functools.partial(_attend, backend="auto")
     counts = [2**i for i in range(10) if 2**i <= jax.device_count()]
     for mode in ("strong", "weak"):
         for devices in counts:
