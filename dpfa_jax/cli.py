@@ -449,8 +449,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example:
       >>> main(["calibrate", "--epsilon", "1", "--delta", "1e-5"])
-      noise-multiplier = 3.7306334
-        costs epsilon = 0.999999 of 1 at delta = 1e-05, the private side of the bracket
+      noise-multiplier = 3.7306331
+        costs epsilon = 1 of 1 at delta = 1e-05, the private side of the bracket
         1 × (Gaussian release, noise multiplier 3.73063, ideal noise)
       0
     """

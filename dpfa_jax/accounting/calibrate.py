@@ -112,12 +112,12 @@ def _narrow(
         if not high > low * (1.0 + width):
             break
         middle = math.sqrt(low) * math.sqrt(high) if high > 2.0 * low else 0.5 * (low + high)
-        # Two turns of three go where a straight line in logarithms would meet the target, a bit
+        # Three turns of four go where a straight line in logarithms would meet the target, a bit
         # to either side of it, so that both ends move.
-        if turn % 3 < 2 and 0.0 < below < target < above < math.inf:
+        if turn % 4 < 3 and 0.0 < below < target < above < math.inf:
             share = math.log(above / target) / math.log(above / below)
             guess = low * math.exp(share * math.log(high / low))
-            guess *= 1.0 + (0.4 * width if turn % 3 == 0 else -0.4 * width)
+            guess *= 1.0 + (-0.4 * width if turn % 4 == 1 else 0.4 * width)
             middle = min(max(guess, low * (1.0 + 0.1 * width)), high * (1.0 - 0.1 * width))
         if not low < middle < high:
             break
