@@ -107,6 +107,24 @@ def test_forward_lowers_in_shard_map_where_nothing_varies():
     assert "dpfa_mosaic_forward_kernel" in text
 
 
+@pytest.mark.parametrize("block_k", (64, 128, 160))
+def test_groups_that_are_not_charged_for_are_refused(block_k):
+    # Five tiles of 96 keys are; more keys in one accumulator would round by more than F4 says.
+    shape = mosaic_gpu.Shape(block_k=block_k, flush=5)
+    operands = _operands(keys=1100, width=128)
+    with pytest.raises(ValueError, match="480 to 512 keys"):
+        mosaic_gpu.forward(operands, _spec(NOISY), shape=shape)
+
+
+def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
+    masks = ({}, {"is_causal": True}, {"window": (60, 30)})
+    for width, keys, mask in itertools.product((16, 64, 80, 128, 256), (300, 700, 9000), masks):
+        spec = _spec({**NOISY, **mask})
+        operands = jax.eval_shape(lambda w=width, k=keys: _operands(keys=k, width=w, queries=8))
+        group = (cut := mosaic_gpu._cut(operands, spec)).block_k * cut.flush
+        assert accumulators.SHORTEST_GROUP <= group <= accumulators.GROUP_KEYS
+
+
 def test_column_squares_lowers_for_cuda_without_a_gpu():
     spec = _spec(NOISY)
     traced = jax.jit(lambda operands: mosaic_gpu.column_squares(operands, spec)).trace(_operands())

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax._typing import Spec
-from dpfa_jax.pallas.accumulators import RUN_GROUPS
+from dpfa_jax.pallas.accumulators import GROUP_KEYS, RUN_GROUPS, SHORTEST_GROUP
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, Matrix
 
 LOG2_E = math.log2(math.e)
@@ -77,6 +77,15 @@ class Plan:
     shift: int = 0
     segments: bool = False
     offsets: int = 1
+
+    def __post_init__(self):
+        group = self.shape.flush * self.shape.block_k
+        if self.spec.noise == "sums" and not SHORTEST_GROUP <= group <= GROUP_KEYS:
+            raise ValueError(
+                f"Expected groups of {SHORTEST_GROUP} to {GROUP_KEYS} keys, for which the rounding "
+                f"of sums is charged (F4), got flush={self.shape.flush} tiles of "
+                f"block_k={self.shape.block_k}, {group} keys."
+            )
 
     @property
     def block_q(self) -> int:
