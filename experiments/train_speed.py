@@ -251,8 +251,11 @@ def measure(
 
     pool = concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count() or 2))
     compiling = []
+
+    def is_late() -> bool:
+        return watch.seconds() > 0.7 * limit
+
     for case in (GATE, *cases):
-        is_late = lambda: watch.seconds() > 0.7 * limit  # noqa: E731
         compiling.append(_compile(case, attention, pool, options, is_late))
         print(
             f"{watch.seconds():.0f} s: traced {case.model} {case.batch} x {case.length}", flush=True
