@@ -75,6 +75,8 @@ class Spec:
       ball: the answer is projected to this norm, or None.
       row_clip: the answer's rows are clipped to this norm before "rows" noise, or None.
       precision: of the score product, as `jax.lax` takes it.
+      float8_scores: whether rows of query and key count as `float8.rounded` makes them; for
+        backends that say `FLOAT8_SCORES`, the others get such rows.
       mark_queries: whether a query that is not finite is answered by NaN; only for backends that
         say `READS_ANY_ROWS`.
       deterministic: whether gradients must be the same bits on every run.
@@ -93,5 +95,6 @@ class Spec:
     ball: float | None = None
     row_clip: float | None = None
     precision: Any = jax.lax.Precision.HIGHEST
+    float8_scores: bool = False
     mark_queries: bool = False
     deterministic: bool = False

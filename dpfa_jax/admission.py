@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpfa_jax import _check, clipping, releases
+from dpfa_jax import _check, clipping, float8, releases
 from dpfa_jax._typing import Operands, Spec
 
 
@@ -92,6 +92,43 @@ def weighted(module: ModuleType, operands: Operands, mechanism: Any) -> Operands
     weights, flags = module.record_log_weights(operands.key, operands.value, bound)
     operands = operands._replace(log_weights=operands.log_weights + weights, flags=flags)
     return _scaled(operands, mechanism)
+
+
+def as_scored(module: ModuleType, operands: Operands, spec: Spec) -> Operands:
+    """The call with rows of query and key as they are scored, where the backend does not see to it.
+
+    Args:
+      module: the backend.
+      operands: of the call.
+      spec: of the call.
+    """
+    if not spec.float8_scores or getattr(module, "FLOAT8_SCORES", False):
+        return operands
+    query, key = float8.through(operands.query), float8.through(operands.key)
+    return operands._replace(query=query, key=key)
+
+
+def score_precision(precision: Any, mechanism: Any) -> dict[str, Any]:
+    """The fields of `Spec` that the caller's `precision` sets.
+
+    Args:
+      precision: None, "fp8", or as `jax.lax` takes it.
+      mechanism: of the call.
+
+    Returns:
+      Keyword arguments.
+
+    Raises:
+      ValueError: for eight bits where noise is drawn for the rows as they are.
+    """
+    if precision != "fp8":
+        return {"precision": jax.lax.Precision.HIGHEST if precision is None else precision}
+    if isinstance(mechanism, releases.GaussianProcessNoise):
+        raise ValueError(
+            "GaussianProcessNoise does not take precision='fp8': its noise is correlated as the "
+            "scores of the rows themselves are. Pass precision=None."
+        )
+    return {"float8_scores": True}
 
 
 def _scaled(operands: Operands, mechanism: Any) -> Operands:

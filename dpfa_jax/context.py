@@ -326,7 +326,7 @@ def context_parallel_attention(
         is_causal=is_causal,
         on_grid=True,
         window=window,
-        precision=lax.Precision.HIGHEST if precision is None else precision,
+        **admission.score_precision(precision, mechanism),
     )
     name = attention.choose_backend(backend, operands, spec, needs="sums")
     module = attention.module_of(name)
@@ -334,6 +334,7 @@ def context_parallel_attention(
         operands = admission.weighted(module, operands, mechanism)
     else:
         operands = admission.sanitised(operands, mechanism)
+    operands = admission.as_scored(module, operands, spec)
     whole = dataclasses.replace(call, keys=call.keys * shards)
     std = noise_std(mechanism, whole, shards=shards, rounding=module.rounding)
     spec = admission.noisy_spec(spec, mechanism, whole, std)

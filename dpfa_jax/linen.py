@@ -65,6 +65,7 @@ class PrivateAttention(nn.Module):
       is_causal: query i sees keys j ≤ i.
       local_window_size: w or (left, right) ≥ 0.
       backend: as in `private_attention`.
+      precision: of the score product, "fp8" for instance; None takes that of the layer around.
 
     Guarantee: S1, S2, S3, S5 and S7 (sensitivity.md).
 
@@ -84,6 +85,7 @@ class PrivateAttention(nn.Module):
     is_causal: bool = False
     local_window_size: int | tuple[int, int] | None = None
     backend: str = "auto"
+    precision: Any = None
 
     def __call__(
         self,
@@ -165,7 +167,7 @@ class PrivateAttention(nn.Module):
                 key_log_weights=key_log_weights,
                 key_value_seq_lengths=key_value_seq_lengths,
                 dtype=dtype,
-                precision=precision,
+                precision=precision if self.precision is None else self.precision,
                 backend=self.backend,
             )
 

@@ -218,6 +218,7 @@ class PrivateAttention(nnx.Module):
       is_causal: query i sees keys j ≤ i.
       local_window_size: w or (left, right) ≥ 0.
       backend: as in `private_attention`.
+      precision: of the score product, such as "fp8"; None takes that of the layer around.
       rngs: with a stream "privacy" that holds a key of `dpfa_jax.random`; one key is taken from it.
 
     Guarantee: S1, S2, S3, S5 and S7 (sensitivity.md).
@@ -241,14 +242,14 @@ class PrivateAttention(nnx.Module):
         is_causal: bool = False,
         local_window_size: int | tuple[int, int] | None = None,
         backend: str = "auto",
+        precision: Any = None,
         rngs: nnx.Rngs,
     ):
         self.mechanism = mechanism
         self.queries = _check.choice("queries", queries, ("public", "private"))
-        self.scale = scale
+        self.scale, self.local_window_size = scale, local_window_size
         self.is_causal = _check.flag("is_causal", is_causal)
-        self.local_window_size = local_window_size
-        self.backend = backend
+        self.backend, self.precision = backend, precision
         self.key = PrivacyKey(random.key_data(_first_key(rngs)), tag=STREAM)
         self.count = PrivacyCount(jnp.uint32(0), tag=STREAM)
         self.seal = _Seal(self)
@@ -325,7 +326,7 @@ class PrivateAttention(nnx.Module):
             key_log_weights=key_log_weights,
             key_value_seq_lengths=key_value_seq_lengths,
             dtype=dtype,
-            precision=precision,
+            precision=precision if self.precision is None else self.precision,
             backend=self.backend,
         )
 

@@ -82,6 +82,12 @@ HOPPER = {
     "D128 hopper rows": (2048, 2, 2, 128, "bfloat16", ROWS),
     "D128 hopper float16": (2048, 2, 2, 128, "float16", PRIVATE),
     "D128 hopper window": (2048, 2, 2, 128, "bfloat16", {**PRIVATE, "window": (256, 0)}),
+    "D64 hopper window": (2048, 2, 2, 64, "bfloat16", {**PRIVATE, "window": (256, 0)}),
+    "D128 hopper float8": (4096, 2, 2, 128, "bfloat16", {**PRIVATE, "float8_scores": True}),
+    "D128 hopper float8 causal": (
+        *(2048, 4, 1, 128, "bfloat16"),
+        {**PRIVATE, "float8_scores": True, "is_causal": True},
+    ),
     "D256 hopper": (512, 2, 2, 256, "bfloat16", PRIVATE),
 }
 
@@ -113,12 +119,16 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper rows", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 4,
     ("D64 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 16,
     # Of the outer accumulator, at the end of a group of keys only.
-    ("D128 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 144,
-    ("D128 hopper float16", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 168,
+    ("D128 hopper float16", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper window", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 20,
-    ("D128 hopper window", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 264,
+    ("D128 hopper window", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 100,
     ("norm Gram, tails", "dpfa_gram_kernel"): 200,
+    ("D128 hopper causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 36,
+    ("D64 hopper window", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 20,
+    ("D128 hopper float8 causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
+    ("D128 hopper float8 causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 8,
+    ("D128 hopper float8 causal", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 12,
 }
 
 # (program, kernel) whose matrix products ptxas puts one after another: slower than need be.

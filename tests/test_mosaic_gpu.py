@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpfa_jax import reference
+from dpfa_jax import admission, reference
 from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.pallas import accumulators, mosaic_gpu
 
@@ -74,6 +74,12 @@ CASES = {
         {**NOISY, "window": (60, 30)},
     ),
     "lengths": ({"key_lengths": jnp.array([150, 70], jnp.int32)}, NOISY),
+    "float8 scores": ({"keys": 1100, "width": 128}, {**NOISY, "float8_scores": True}),
+    "float8 scores, causal, width 80": (
+        {"keys": 200, "width": 80},
+        {**NOISY, "float8_scores": True, "is_causal": True},
+    ),
+    "float8 scores, plain": ({}, {"score_cap": None, "float8_scores": True}),
     "no denominator": ({}, {**NOISY, "denominator_std": math.inf, "floor": 50.0}),
 }
 
@@ -82,12 +88,25 @@ def _spec(changes):
     return Spec(**{"scale": 0.3, **changes})
 
 
+def _score_error(operands, spec):
+    """How far weights may be off for the unit's sums of eight-bit products, of which it keeps fewer
+    bits than float32: 13 or more of a step of 32 products, hence 2⁻¹¹ of all magnitudes."""
+    if not spec.float8_scores:
+        return 1e-5
+    rows = (jnp.max(jnp.sum(jnp.abs(x.astype(jnp.float32)), axis=-1)) for x in operands[:2])
+    largest = [float(jnp.max(jnp.abs(x.astype(jnp.float32)))) for x in operands[:2]]
+    sums = [float(x) for x in rows]
+    return 2.0**-11 * spec.scale * min(sums[0] * largest[1], sums[1] * largest[0])
+
+
 def _relative(found, wanted):
     found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
     return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("name", ["plain", "causal", "several groups, narrow", "float16", "rows"])
+@pytest.mark.parametrize(
+    "name", ["plain", "causal", "several groups, narrow", "float16", "rows", "float8 scores"]
+)
 def test_forward_lowers_for_cuda_without_a_gpu(name):
     shapes, changes = CASES[name]
     spec = _spec(changes)
@@ -191,13 +210,52 @@ def test_forward_is_the_reference(name):
     operands, spec = _operands(**shapes), _spec(changes)
     run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec))
     out, (_, mass, _, _) = run(operands)
-    wanted, residuals = jax.jit(lambda operands: reference.forward(operands, spec))(operands)
+    scored = admission.as_scored(reference, operands, spec)
+    wanted, residuals = jax.jit(lambda operands: reference.forward(operands, spec))(scored)
     assert _relative(out, wanted) < 2.0**-8
     if spec.score_cap is not None and spec.denominator_std != math.inf:
-        assert _relative(jnp.swapaxes(mass, 1, 2), residuals[1]) < 1e-5
+        assert _relative(jnp.swapaxes(mass, 1, 2), residuals[1]) < _score_error(operands, spec)
     np.testing.assert_array_equal(
         np.asarray(run(operands)[0], np.float32), np.asarray(out, np.float32)
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("float8_scores", (False, True))
+@pytest.mark.parametrize(("width", "score_cap"), [(16, 2.0), (80, 2.0), (128, 2.0), (64, None)])
+def test_forward_marks_queries_that_are_not_finite(width, score_cap, float8_scores):
+    flags = jnp.zeros((2, 19), jnp.int32)
+    operands = _operands(width=width, flags=flags)
+    rows = jnp.array([0, 7, 8, 63, 64, 129, 199])
+    columns = jnp.array([0, width - 1, 3, width // 2, 1, 9, width - 2])
+    bad = jnp.array([jnp.nan, jnp.inf, -jnp.inf, jnp.nan, jnp.inf, jnp.nan, -jnp.inf])
+    query = operands.query.at[1, rows, 2, columns].set(bad.astype(jnp.bfloat16))
+    changes = {**NOISY, "score_cap": score_cap, "mark_queries": True}
+    if score_cap is None:
+        changes = {"score_cap": None, "mark_queries": True}
+    spec = _spec({**changes, "float8_scores": float8_scores})
+    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec))
+    out, (_, _, factor, _) = run(operands._replace(query=query))
+    lost = np.zeros((2, 200, 4), bool)
+    lost[1, np.asarray(rows), 2] = True
+    found = np.asarray(out, np.float32)
+    np.testing.assert_array_equal(np.isnan(found), np.broadcast_to(lost[..., None], found.shape))
+    np.testing.assert_array_equal(np.asarray(jnp.swapaxes(factor, 1, 2)) == 0, lost)
+    # Nobody else notices.
+    clean = np.asarray(run(operands)[0], np.float32)
+    np.testing.assert_array_equal(found[~lost], clean[~lost])
+
+
+@pytest.mark.gpu
+def test_float8_scores_of_columns_are_those_of_forward():
+    # Contributions are clipped by norms from the one kernel and summed by the other.
+    operands, spec = _operands(keys=200, width=128), _spec({**NOISY, "float8_scores": True})
+    found = jax.jit(lambda operands: mosaic_gpu.column_squares(operands, spec))(operands)
+    scored = admission.as_scored(reference, operands, spec)
+    wanted = reference.column_squares(scored, spec)
+    assert _relative(found, wanted) < 2 * _score_error(operands, spec)
+    # Rows as they are would be farther off than the unit's sums explain.
+    assert _relative(reference.column_squares(operands, spec), wanted) > 1e-4
 
 
 @pytest.mark.gpu

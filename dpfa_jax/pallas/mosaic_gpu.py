@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dpfa_jax import _primitives
+from dpfa_jax import _primitives, float8
 from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.pallas import mosaic_gpu_kernels as kernels
 from dpfa_jax.pallas import triton
@@ -25,6 +25,9 @@ from dpfa_jax.pallas.triton_records import record_log_weights as record_log_weig
 READS_ANY_ROWS = True
 """Rows that are not finite are left out, given `record_log_weights`: a batch with such rows takes
 the branch of a `lax.cond` that copies."""
+
+FLOAT8_SCORES = True
+"""Rows of query and key are rounded to float8_e4m3fn here, where the call asks for it."""
 
 _FASTER_FROM = 2048  # keys
 _PROGRAMS = 132
@@ -108,29 +111,34 @@ def _offsets(operands: Operands, spec: Spec, shift: int, block_k: int):
 
 
 def _aligned(array):
-    """Rows padded to a multiple of 8, columns to one of 16: what the copies into tiles need."""
-    rows, columns = -array.shape[1] % 8, -array.shape[3] % 16
+    """Rows padded to a multiple of 8, columns to 32 bytes: what the copies into tiles need."""
+    rows, columns = -array.shape[1] % 8, -array.shape[3] % (32 // array.dtype.itemsize)
     if not rows and not columns:
         return array
     return jnp.pad(array, ((0, 0), (0, rows), (0, 0), (0, columns)))
 
 
 def _cut(operands: Operands, spec: Spec) -> Shape:
-    """How the kernel is cut: what was fastest on an H200, or fits."""
+    """How the kernel is cut: what was fastest on an H100, or fits."""
     width = max(operands.query.shape[3], operands.value.shape[3])
-    noisy = spec.noise != "none"
+    keys = operands.key.shape[1]
+    masked = spec.window is not None or operands.key_segments is not None
     if width > 128:
         return Shape(block_k=64, compute=1, flush=8, registers=(240, 24, 72))
-    if not noisy:
+    if spec.noise == "none":
         return Shape(registers=(240, 24, 24))
-    if width > 64 and spec.noise == "sums" and operands.key.shape[1] > GROUP_KEYS:
-        # Two accumulators leave no room for 128 keys. With 96, part of the outer one waits in
-        # memory until a group of keys is full; masks would make that more than it saves.
-        if spec.is_causal or spec.window is not None or operands.key_segments is not None:
-            return Shape(block_k=64, flush=8, stages=4, registers=(216, 24, 56))
-        return Shape(block_k=96, flush=5, slots=1, noise="shared", registers=(216, 24, 56))
+    narrow = {"noise": "shared", "slots": 1, "eager": False}
+    if width <= 64 and masked:
+        return Shape(block_k=64, flush=8, stages=3, **narrow)
     if width <= 64:
-        return Shape(noise="shared", slots=1)
+        # The special-function unit is the limit: another order of work is no help.
+        return Shape(**{**narrow, "slots": 2 if keys <= GROUP_KEYS else 1})
+    if spec.noise == "sums" and keys > GROUP_KEYS:
+        # Two accumulators leave no room for 128 keys.
+        rows = {"noise": "shared", "slots": 1, "registers": (224, 24, 40)}
+        if masked:
+            return Shape(block_k=64, flush=8, stages=3, **rows)
+        return Shape(block_k=96, flush=5, eager=spec.float8_scores, **rows)
     return Shape()
 
 
@@ -138,7 +146,11 @@ def _plan(operands: Operands, spec: Spec, shape: Shape) -> tuple[Plan, dict]:
     """What is static, and the arrays that a kernel reads, by name."""
     shift = 15 if operands.key.dtype == jnp.float16 else 0
     operands, offsets = _offsets(operands, spec, shift, shape.block_k)
-    query, key, value = (_aligned(x) for x in operands[:3])
+    query, key, value = operands[:3]
+    dtype = jnp.dtype(key.dtype)
+    if spec.float8_scores:
+        query, key = float8.rounded(query), float8.rounded(key)
+    query, key, value = (_aligned(x) for x in (query, key, value))
     batch, heads, key_width = query.shape[0], *query.shape[2:]
     plan = Plan(
         spec=spec,
@@ -151,11 +163,13 @@ def _plan(operands: Operands, spec: Spec, shape: Shape) -> tuple[Plan, dict]:
         group=heads // key.shape[2],
         key_width=key_width,
         value_width=value.shape[3],
-        dtype=jnp.dtype(key.dtype),
+        dtype=dtype,
         programs=_PROGRAMS,
         shift=shift,
         segments=operands.key_segments is not None,
         offsets=offsets.shape[0],
+        key_dtype=jnp.dtype(key.dtype),
+        marks=spec.mark_queries and operands.flags is not None,
     )
     plan = dataclasses.replace(plan, programs=min(plan.programs, plan.tiles))
     inputs = {"query": query, "key": key, "value": value, "offsets": offsets}
@@ -211,27 +225,27 @@ def forward(
     shape = _cut(operands, spec) if shape is None else shape
     if operands.flags is None:
         return _forward(operands, spec, shape)
-    known = jnp.all(jnp.isfinite(operands.query), axis=-1)
-    lost = jnp.any(operands.flags != 0) | ~jnp.all(known)
+    lost = jnp.any(operands.flags != 0)
+    if not spec.mark_queries:
+        lost |= ~jnp.all(jnp.isfinite(operands.query))
 
-    def plain(operands, known):
-        del known
+    def plain(operands):
         return _forward(operands, spec, shape)
 
-    def repaired(operands, known):
+    def repaired(operands):
         # The same kernel on copies, so that a record that is not finite changes no other's sums.
         key, value = (jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)) for x in operands[1:3])
-        query = jnp.where(known[..., None], operands.query, jnp.zeros((), operands.query.dtype))
-        finite = operands._replace(query=query, key=key, value=value)
-        out, (clean, mass, factor, best) = _forward(finite, spec, shape)
+        finite = operands._replace(key=key, value=value)
         if spec.mark_queries:
-            out = jnp.where(known[..., None], out, jnp.nan)
+            return _forward(finite, spec, shape)
+        known = jnp.all(jnp.isfinite(operands.query), axis=-1)
+        query = jnp.where(known[..., None], operands.query, jnp.zeros((), operands.query.dtype))
+        out, (clean, mass, factor, best) = _forward(finite._replace(query=query), spec, shape)
         # As in the Triton kernels: gradients know such queries by this sign.
-        mark = 0.0 if spec.mark_queries else -factor
-        factor = jnp.where(jnp.swapaxes(known, 1, 2), factor, mark)
+        factor = jnp.where(jnp.swapaxes(known, 1, 2), factor, -factor)
         return out, (clean, mass, factor, best)
 
-    return lax.cond(lost, repaired, plain, operands, known)
+    return lax.cond(lost, repaired, plain, operands)
 
 
 def _forward(operands: Operands, spec: Spec, shape: Shape) -> tuple[jax.Array, tuple]:
@@ -242,7 +256,7 @@ def _forward(operands: Operands, spec: Spec, shape: Shape) -> tuple[jax.Array, t
     bound = spec.ball if spec.ball is not None else spec.row_clip
     answer = (*inputs["query"].shape[:3], plan.value_width)
     outputs: dict = {"out": (answer, operands.query.dtype), "mass": (rows, jnp.float32)}
-    if bound is not None:
+    if bound is not None or plan.marks:
         outputs["factor"] = (rows, jnp.float32)
     if plan.online:
         outputs["best"] = (rows, jnp.float32)

@@ -11,6 +11,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
+from dpfa_jax.pallas import mosaic_gpu_products as products
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
 
@@ -47,8 +48,8 @@ def start(left_ref, right_ref, matrix):
 
     @rg.inline(arg_types=(kind, kind), return_type=_tile(columns))
     def run(_, left, right):
-        one, lefts = blocks.step_offsets(left, matrix.swizzle, ROWS, product="left")
-        two, rights = blocks.step_offsets(right, matrix.swizzle, columns, product="right")
+        one, lefts = products.step_offsets(left, matrix.swizzle, ROWS, product="left")
+        two, rights = products.step_offsets(right, matrix.swizzle, columns, product="right")
         places = [((one, a), (two, b)) for a, b in zip(lefts, rights, strict=True)]
         return rg.from_numbers(_issue(None, places, matrix.half, columns), (ROWS, columns), rg.TILE)
 
@@ -70,7 +71,7 @@ def add(total, words, right_ref, matrix):
         arg_types=(rg.TILE, rg.PACKED, plgpu.RefType(matrix.transforms)), return_type=_tile(width)
     )
     def run(_, total, words, right):
-        base, moves = blocks.step_offsets(right, matrix.swizzle, width, product="values")
+        base, moves = products.step_offsets(right, matrix.swizzle, width, product="values")
         given = _words(words)
         places = [(given[4 * i : 4 * i + 4], (base, move)) for i, move in enumerate(moves)]
         found = _issue(rg.numbers(total), places, matrix.half, width, across=(0, 1))
@@ -91,7 +92,7 @@ def wait(in_flight: int, tiles, spent=()):
     def run(_, *given):
         numbers = [rg.numbers(tile) for tile in given[:count]]
         words = [word for array in given[count:] for word in _words(array)]
-        flat = blocks.wait_group([x for part in numbers for x in part], in_flight, words)
+        flat = products.wait_group([x for part in numbers for x in part], in_flight, words)
         found, place = [], 0
         for part, shape in zip(numbers, shapes, strict=True):
             found.append(rg.from_numbers(flat[place : place + len(part)], shape, rg.TILE))
@@ -318,10 +319,12 @@ def start_transposed(left_ref, right_ref, wg, left_matrix, right_matrix):
         return_type=_tile(columns),
     )
     def run(_, left, right, wg):
-        one, left_steps = blocks.step_offsets(left, left_matrix.swizzle, ROWS, product="values")
+        one, left_steps = products.step_offsets(left, left_matrix.swizzle, ROWS, product="values")
         right = mgpu.utils.memref_fold(right, 0, 2)
         size = max(columns, right_matrix.swizzle // 2)
-        two, right_steps = blocks.step_offsets(right, right_matrix.swizzle, size, product="values")
+        two, right_steps = products.step_offsets(
+            right, right_matrix.swizzle, size, product="values"
+        )
         # The next 64 columns are the next tile of 8 rows; 32 of them are half a row.
         move = 1024 if whole or columns == 64 else 2 * columns
         i64 = ir.IntegerType.get_signless(64)
@@ -348,7 +351,7 @@ def _issue(total, places, half: str, columns: int, across=(0, 0)):
       columns: of the product.
       across: whether left, right are read across their rows.
     """
-    blocks.pipeline("fence")
+    products.pipeline("fence")
     count = columns // 2
     names = ", ".join(f"${i}" for i in range(count))
     struct = llvm.StructType.get_literal([rg.f32()] * count)
@@ -372,7 +375,7 @@ def _issue(total, places, half: str, columns: int, across=(0, 0)):
         kinds = ["=f"] * count + [str(i) for i in range(len(old))] + kinds + ["l"]
         out = rg.asm(struct, [*old, *given, right], text, ",".join(kinds), effects=True)
         total = [llvm.extractvalue(rg.f32(), out, [i]) for i in range(count)]
-    blocks.pipeline("commit_group")
+    products.pipeline("commit_group")
     return total
 
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dpfa_jax import _primitives
+from dpfa_jax import _primitives, float8
 from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.pallas import mosaic_gpu_gradient_blocks as steps
 from dpfa_jax.pallas import mosaic_gpu_gradient_kernels as kernels
@@ -172,6 +172,9 @@ def backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Ar
       (d query, d key, d value, d log_weights, None) in the operands' shapes, in the operands' dtype
       where a kernel writes the whole sum, else in float32.
     """
+    if spec.float8_scores:
+        rows = float8.through(operands.query), float8.through(operands.key)
+        operands = operands._replace(query=rows[0], key=rows[1])
     lengths = operands.query.shape[1], operands.key.shape[1]
     slower = lacking(operands, spec) is not None or not faster(*lengths, _width(operands))
     run = triton.backward if spec.deterministic or slower else fused

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dpfa_jax.doubleword import add_word, round_after
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
+from dpfa_jax.pallas import mosaic_gpu_products as products
 from dpfa_jax.pallas.accumulators import RUN_GROUPS
 from dpfa_jax.pallas.mosaic_gpu_plan import Plan
 from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, PACKED, ROW, ROWS, TILE
@@ -100,12 +101,9 @@ def _noise_loop(plan: Plan, refs):
             noise_blocks.row_noise(key, batch, head, start, plan.block_q, std, out)
 
         def half(wg, carry):
+            place = batch, head, start + wg * ROWS
             buffer = _noise_buffer(plan, refs, slot, wg)
-            for first in range(0, plan.value_width, 64):
-                width = min(64, plan.value_width - first)
-                place = (batch, head, start + wg * ROWS, jnp.int32(first // 64))
-                drawn = noise_blocks.matrix_noise(key, *place, width, spec.noise_std)
-                noise_blocks.keep(drawn, buffer.at[pl.ds(first * ROWS, width * ROWS)])
+            noise_blocks.matrix_noise(key, *place, plan.value_width, spec.noise_std, buffer)
             plgpu.barrier_arrive(refs["noise_full"].at[slot * compute + wg])
             return carry
 
@@ -146,7 +144,8 @@ def _sums(plan: Plan, refs, wg, place, step):
     """One warpgroup's sums over all keys that its tile sees.
 
     Returns:
-      (64, h), (64,) and its low word, running maxima, next step.
+      (64, h), (64,) and its low word, running maxima, NaN where the query is not finite or None,
+      next step.
     """
     block, _, batch = place
     low, count = plan.key_range(block)
@@ -171,26 +170,27 @@ def _sums(plan: Plan, refs, wg, place, step):
         offset = plgpu.load(refs["offset"].at[slot], layout=COLUMN, optimized=False)
         shrink = None
         if plan.online:
-            rounded, mass, best, shrink = blocks.online_weights(
-                scores, offset, mass, best, factor=plan.factor, shift=plan.shift, dtype=plan.dtype
+            weights, mass, best, shrink = blocks.online_weights(
+                scores, offset, mass, best, factor=plan.factor, shift=plan.shift
             )
         else:
-            rounded, mass = blocks.capped_weights(
-                scores, offset, mass, cap=plan.cap, factor=plan.factor, dtype=plan.dtype
+            weights, mass = blocks.capped_weights(
+                scores, offset, mass, cap=plan.cap, factor=plan.factor
             )
         arrive("k_empty", slot)
-        return rounded, mass, best, shrink
+        return weights, mass, best, shrink
 
     matrices = plan.matrices
     query = refs["q"].at[wg]
     slot = _slot(step, stages)
     plgpu.barrier_wait(refs["q_full"].at[wg])
     wait("k_full", slot)
-    scores = blocks.scores(query, refs["k"].at[slot], matrices[0])
+    scores = products.scores(query, refs["k"].at[slot], matrices[0])
     on_diagonal = plan.masked or plan.sides[1] is not None
     none = _zeros(ROWS)
     best = none - 1e30
-    rounded, mass, best, _ = weigh(jnp.int32(0), slot, scores, none, best, on_diagonal)
+    weights, mass, best, _ = weigh(jnp.int32(0), slot, scores, none, best, on_diagonal)
+    rounded = blocks.rounded(weights, plan.dtype)
 
     def one(i, carry, masked=plan.masked):
         """Sums of key tile i-1, weights of key tile i."""
@@ -198,12 +198,12 @@ def _sums(plan: Plan, refs, wg, place, step):
         slot, before = _slot(step + i, stages), _slot(step + i - 1, stages)
         wait("k_full", slot)
         places = (query, refs["k"].at[slot], refs["v"].at[before])
-        scores, summed = blocks.overlapped(
+        scores, summed = products.overlapped(
             *places, rounded, total, adds(i - 1), *matrices, lambda: wait("v_full", before)
         )
-        mass = _grouped(plan, i, mass)
-        new, part, best, shrink = weigh(i, slot, scores, mass[0], best, masked)
-        summed = blocks.finish(summed, rounded)
+        weights, part, best, shrink = weigh(i, slot, scores, mass[0], best, masked)
+        summed = products.finish(summed, rounded, part if plan.shape.eager else None)
+        new = blocks.rounded(weights, plan.dtype)
         arrive("v_empty", before)
         if shrink is not None:
             summed = blocks.scaled(summed, shrink)
@@ -217,7 +217,7 @@ def _sums(plan: Plan, refs, wg, place, step):
     outer = _zeros(ROWS, plan.value_width) if plan.joins else None
     far = refs["far"].at[lax.axis_index("program"), wg] if plan.regroups else None
     mass = (mass, none, none) if plan.joins else (mass,)
-    carry = (rounded, blocks.unset(plan.value_width), outer, mass, best)
+    carry = (rounded, products.unset(plan.value_width), outer, mass, best)
     first = 1
     if plan.edge > 1 and plan.key_blocks > 1:
         carry = one(jnp.int32(1), carry, masked=True)
@@ -228,8 +228,10 @@ def _sums(plan: Plan, refs, wg, place, step):
         def group(g, carry):
             end = (g + 1) * flush + 1
             carry = lax.fori_loop(jnp.maximum(g * flush + 1, first), end, one, carry)
+            rounded, total, outer, (part, high, low), best = carry
+            mass = (none, *add_word(high, low, part))
             # The accumulator is only read: one that a thread writes holds up the matrix unit.
-            return (*carry[:2], carry[2] + carry[1], *carry[3:])
+            return rounded, total, outer + total, mass, best
 
         whole = lax.div(count - 1, jnp.int32(flush))
         if plan.regroups:
@@ -248,10 +250,11 @@ def _sums(plan: Plan, refs, wg, place, step):
     carry = lax.fori_loop(begin, count, one, carry)
     rounded, total, outer, mass, best = carry
     slot = _slot(step + count - 1, stages)
+    lost = blocks.unfinite(query, matrices[0]) if plan.marks else None
     arrive("q_empty", wg)
     wait("v_full", slot)
     value = refs["v"].at[slot]
-    total = blocks.sums(value, rounded, total, adds(count - 1), matrices[1])
+    total = products.sums(value, rounded, total, adds(count - 1), matrices[1])
     arrive("v_empty", slot)
     if plan.joins:
         total = outer + total
@@ -260,18 +263,7 @@ def _sums(plan: Plan, refs, wg, place, step):
         mass = add_word(mass[1], mass[2], mass[0])
     else:
         mass = mass[0], none
-    return total, blocks.row_sums(*mass), best, step + count
-
-
-def _grouped(plan: Plan, i, mass):
-    """Denominators: when key tile i begins a group, those of the one before join a double word."""
-    if not plan.joins:
-        return mass
-    part, high, low = mass
-    fresh = lax.rem(i, jnp.int32(plan.shape.flush)) == 0
-    joined = add_word(high, low, part)
-    high, low = (jnp.where(fresh, new, old) for new, old in zip(joined, (high, low), strict=True))
-    return jnp.where(fresh, 0.0, part), high, low
+    return total, blocks.row_sums(*mass), best, lost, step + count
 
 
 def _noise(plan: Plan, refs, wg, index):
@@ -280,7 +272,7 @@ def _noise(plan: Plan, refs, wg, index):
         return None, None
     slot = _slot(index, plan.shape.slots)
     plgpu.barrier_wait(refs["noise_full"].at[slot * plan.shape.compute + wg])
-    noise = noise_blocks.kept(_noise_buffer(plan, refs, slot, wg), plan.value_width)
+    noise = noise_blocks.noise_kept(_noise_buffer(plan, refs, slot, wg), plan.value_width)
     row = None
     if plan.row_noisy:
         place = lax.axis_index("program"), slot, pl.ds(wg * ROWS, ROWS)
@@ -331,17 +323,27 @@ def _answer(plan: Plan, total, mass, noise):
     return ratio, clean, mass, factor
 
 
+def _marked(answer, factor, lost):
+    """NaN for queries that are not finite, which the gradients know by a factor of 0."""
+    known = lost == 0
+    factor = jnp.where(known, 1.0 if factor is None else factor, 0.0)
+    wide = lax.broadcast_in_dim(lost, answer.shape, [0])
+    return answer + wide, factor
+
+
 def _compute_loop(plan: Plan, refs, wg):
     """One of the computing warpgroups."""
     staging = refs["stage"]
 
     def tile(index, number, step):
         block, head, batch = place = plan.place(number)
-        total, mass, best, step = _sums(plan, refs, wg, place, step)
+        total, mass, best, lost, step = _sums(plan, refs, wg, place, step)
         noise = _noise(plan, refs, wg, index)
         if plan.noisy:
             plgpu.barrier_arrive(refs["noise_empty"].at[_slot(index, plan.shape.slots)])
         answer, clean, mass, factor = _answer(plan, total, mass, noise)
+        if lost is not None:
+            answer, factor = _marked(answer, factor, lost)
         rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
 
         def write(name, array):
@@ -397,11 +399,11 @@ def forward_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
 
 def column_scratch(plan: Plan) -> dict:
     """Shared memory and barriers of `column_kernel`."""
-    transforms = plan.matrices[0].transforms
-    size = plan.shape.block_k
+    rows = plan.matrices[0]
+    size, transforms = plan.shape.block_k, rows.transforms
     return {
-        "q": plgpu.SMEM((_PAIR, 2, ROWS, plan.key_width), plan.dtype, transforms=transforms),
-        "k": plgpu.SMEM((size, plan.key_width), plan.dtype, transforms=transforms),
+        "q": plgpu.SMEM((_PAIR, 2, ROWS, plan.key_width), rows.dtype, transforms=transforms),
+        "k": plgpu.SMEM((size, plan.key_width), rows.dtype, transforms=transforms),
         "offset": plgpu.SMEM((size,), jnp.float32),
         "q_full": plgpu.Barrier(num_barriers=2 * _PAIR),
         "k_full": plgpu.Barrier(num_arrivals=2),
@@ -455,7 +457,7 @@ def column_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
         pl.when(i + 1 < mine)(lambda: copy(i + 1))
         slot = lax.rem(i, jnp.int32(2))
         plgpu.barrier_wait(refs["q_full"].at[2 * wg + slot])
-        scores = blocks.scores(refs["q"].at[wg, slot], refs["k"], plan.matrices[0])
+        scores = products.scores(refs["q"].at[wg, slot], refs["k"], plan.matrices[0])
         start, _ = place(i)
         query_ids = None
         if plan.segments:

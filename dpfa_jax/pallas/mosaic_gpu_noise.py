@@ -38,7 +38,7 @@ _STRIDE = 16 * rg.WARPGROUP
 def keep(tile, ref):
     """Writes a tile (64, width) to a warpgroup's buffer, each thread its own numbers.
 
-    The same thread of another warpgroup reads them by `kept`, after a barrier.
+    The same thread reads them again by `joined`.
 
     Args:
       tile: float32.
@@ -64,22 +64,6 @@ def _load_four(space: str, address, kind: str, offset: int):
     text = f"ld{order}.{space}.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];"
     found = rg.asm(struct, [address], text, f"=f,=f,=f,=f,{kind},~{{memory}}", effects=True)
     return [llvm.extractvalue(rg.f32(), found, [i]) for i in range(4)]
-
-
-def kept(ref, width: int):
-    """The tile that `keep` wrote: (64, width) float32."""
-
-    @rg.inline(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE),
-    )
-    def run(_, ref):
-        place = _own(ref)
-        offsets = range(0, ROWS * width * 4, _STRIDE)
-        found = [number for offset in offsets for number in _load_four(*place, offset)]
-        return rg.from_numbers(found, (ROWS, width), rg.TILE)
-
-    return run(ref)
 
 
 def joined(tile, ref, written):
@@ -122,16 +106,29 @@ def _quarter(state, a, b, c, d):
         state[b] = _rotate(arith.xori(state[b], state[c]), second)
 
 
+def _opaque(number: int):
+    """A constant that the compiler does not know: a loop so long stays a loop."""
+    return rg.asm(rg.i32(), [], f"mov.u32 $0, {number};", "=r", effects=True)
+
+
 def _chacha(key, address):
-    """Sixteen words of one ChaCha block, each an i32 value."""
+    """Sixteen words of one ChaCha block, each an i32 value.
+
+    The double rounds are a loop in the machine's code too: written out they would push the loop of
+    the computing warps out of the instruction cache.
+    """
     initial = [*(rg.integer(word) for word in random._CONSTANTS), *key, *address]
-    state = list(initial)
-    for _ in range(random.ROUNDS // 2):
+
+    @mgpu.utils.fori(_opaque(random.ROUNDS // 2), initial)
+    def rounds(_, state):
+        state = list(state)
         for i in range(4):
             _quarter(state, i, i + 4, i + 8, i + 12)
         for i in range(4):
             _quarter(state, i, 4 + (i + 1) % 4, 8 + (i + 2) % 4, 12 + (i + 3) % 4)
-    return [arith.addi(a, b) for a, b in zip(state, initial, strict=True)]
+        return state
+
+    return [arith.addi(a, b) for a, b in zip(rounds.results, initial, strict=True)]
 
 
 def _normal_pair(first, second, scale: float):
@@ -163,40 +160,106 @@ def _key(ref):
     return [memref.load(ref, [i]) for i in place]
 
 
-def matrix_noise(key_ref, batch, head, start, chunk, width: int, noise_std: float):
-    """Normals times `noise_std` of rows start..start+64, columns 64·chunk..+width: (64, width).
+_CHUNK = 64
+"""Columns of which one block of words serves a thread's share of a row."""
+
+
+def _vectors(width: int):
+    """What each store of four numbers holds: (chunk, row half, first column pair), in order."""
+    return [
+        (chunk, half, pair)
+        for chunk in range(-(-width // _CHUNK))
+        for half in range(2)
+        for pair in range(0, min(_CHUNK, width - chunk * _CHUNK) // 8, 2)
+    ]
+
+
+def matrix_noise(key_ref, batch, head, start, width: int, noise_std: float, out_ref):
+    """Writes normals times `noise_std` of rows start..start+64 and all columns.
+
+    Each thread writes the numbers of its own places in a tile, which `noise_kept` reads.
 
     Args:
       key_ref: eight uint32 in global memory.
       batch: int32 scalar, global.
       head: int32 scalar, global.
       start: int32 scalar, global row.
-      chunk: int32 scalar.
-      width: 16, 32, 48 or 64.
+      width: columns, a multiple of 16.
       noise_std: standard deviation.
+      out_ref: (64·width,) float32, in shared or global memory.
     """
 
     @rg.inline(
-        arg_types=(plgpu.RefType(), rg.SCALAR, rg.SCALAR, rg.SCALAR, rg.SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE),
+        arg_types=(plgpu.RefType(), rg.SCALAR, rg.SCALAR, rg.SCALAR, plgpu.RefType()),
     )
-    def run(_, key_ref, batch, head, start, chunk):
+    def run(_, key_ref, batch, head, start, out_ref):
+        void = ir.Type.parse("!llvm.void")
         key = _key(key_ref)
         row, lane = rg.lane_place()
         row = arith.addi(row, rg.scalar(start))
-        column = arith.addi(arith.shli(rg.scalar(chunk), rg.integer(2)), lane)
         tagged = arith.ori(rg.integer(_MATRIX << 24), rg.scalar(head))
-        drawn: list[Any] = [None] * (width // 4)
-        for half in range(2):
-            place = arith.addi(row, rg.integer(8 * half))
-            words = _chacha(key, [place, column, rg.scalar(batch), tagged])
-            for pair in range(width // 8):
-                two = _normal_pair(words[2 * pair], words[2 * pair + 1], noise_std)
-                drawn[2 * pair + half] = two
-        numbers = [number for pair in drawn for number in pair]
-        return rg.from_numbers(numbers, (ROWS, width), rg.TILE)
+        space, address, kind = _own(out_ref)
 
-    return run(key_ref, batch, head, start, chunk)
+        def block(chunk, half, pairs, address):
+            """One row's share of one chunk."""
+            place = arith.addi(row, arith.shli(half, rg.integer(3)))
+            column = arith.addi(arith.shli(chunk, rg.integer(2)), lane)
+            words = _chacha(key, [place, column, rg.scalar(batch), tagged])
+            for first in range(0, pairs, 2):
+                four = [
+                    number
+                    for pair in (first, first + 1)
+                    for number in _normal_pair(words[2 * pair], words[2 * pair + 1], noise_std)
+                ]
+                text = f"st.{space}.v4.f32 [$0+{first // 2 * _STRIDE}], {{$1, $2, $3, $4}};"
+                rg.asm(void, [address, *four], text, f"{kind},f,f,f,f,~{{memory}}", effects=True)
+
+        def moved(address, count, size):
+            step = arith.muli(count, rg.integer(size))
+            if space == "global":
+                step = arith.extui(address.type, step)
+            return arith.addi(address, step)
+
+        whole, rest = divmod(width, _CHUNK)
+        one = 4 * _STRIDE  # bytes of all threads' share of one half of a chunk
+        if whole:
+
+            @mgpu.utils.fori(_opaque(2 * whole), [])
+            def blocks(number, carry):
+                chunk, half = arith.shrui(number, rg.integer(1)), arith.andi(number, rg.integer(1))
+                block(chunk, half, _CHUNK // 8, moved(address, number, one))
+                return carry
+
+        if rest:
+
+            @mgpu.utils.fori(_opaque(2), [])
+            def tail(half, carry):
+                begin = moved(address, rg.integer(1), 2 * whole * one)
+                place = moved(begin, half, rest // 16 * _STRIDE)
+                block(rg.integer(whole), half, rest // 8, place)
+                return carry
+
+    run(key_ref, batch, head, start, out_ref)
+
+
+def noise_kept(ref, width: int):
+    """The tile that `matrix_noise` wrote: (64, width) float32."""
+
+    @rg.inline(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE),
+    )
+    def run(_, ref):
+        place = _own(ref)
+        found: list[Any] = [None] * (ROWS * width // rg.WARPGROUP)
+        for index, (chunk, half, pair) in enumerate(_vectors(width)):
+            four = _load_four(*place, index * _STRIDE)
+            for number, value in enumerate(four):
+                column_pair = chunk * _CHUNK // 8 + pair + number // 2
+                found[(2 * column_pair + half) * 2 + number % 2] = value
+        return rg.from_numbers(found, (ROWS, width), rg.TILE)
+
+    return run(ref)
 
 
 def row_noise(key_ref, batch, head, start, rows: int, noise_std: float, out_ref):

@@ -28,6 +28,7 @@ class Shape:
       noise: where it waits, "shared" or "global" memory.
       registers: of the computing, copying and drawing threads, a multiple of 8 each.
       nearby: bytes of keys and values that tiles in flight may read.
+      eager: whether the next weights are made before the last sums are waited for.
     """
 
     block_k: int = 128
@@ -38,6 +39,7 @@ class Shape:
     noise: str = "global"
     registers: tuple[int, int, int] = (208, 24, 72)
     nearby: int = 24 << 20
+    eager: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Plan:
       shift: powers of two by which weights are raised.
       segments: whether there are segment ids.
       offsets: 1 or B: batch size of the offsets.
+      key_dtype: of query and key, that of the values or float8_e4m3fn.
+      marks: whether queries that are not finite are answered by NaN.
     """
 
     spec: Spec
@@ -77,6 +81,8 @@ class Plan:
     shift: int = 0
     segments: bool = False
     offsets: int = 1
+    key_dtype: Any = None
+    marks: bool = False
 
     def __post_init__(self):
         group = self.shape.flush * self.shape.block_k
@@ -174,7 +180,7 @@ class Plan:
     def matrices(self) -> tuple[Matrix, Matrix]:
         """Of queries and keys, and of values."""
         return (
-            Matrix(self.key_width, self.dtype),
+            Matrix(self.key_width, self.dtype if self.key_dtype is None else self.key_dtype),
             Matrix(self.value_width, self.dtype),
         )
 
@@ -214,7 +220,8 @@ class Plan:
 def scratch(plan: Plan) -> dict:
     """Shared memory and barriers of one block of the grid."""
     shape = plan.shape
-    key, value = (matrix.transforms for matrix in plan.matrices)
+    rows, values = plan.matrices
+    key, value = rows.transforms, values.transforms
     numbers = ROWS * plan.value_width
 
     def shared(shape, dtype, transforms=()):
@@ -222,8 +229,8 @@ def scratch(plan: Plan) -> dict:
 
     stage = shared((shape.compute, ROWS, plan.value_width), plan.dtype, value)
     found = {
-        "q": shared((shape.compute, ROWS, plan.key_width), plan.dtype, key),
-        "k": shared((shape.stages, shape.block_k, plan.key_width), plan.dtype, key),
+        "q": shared((shape.compute, ROWS, plan.key_width), rows.dtype, key),
+        "k": shared((shape.stages, shape.block_k, plan.key_width), rows.dtype, key),
         "v": shared((shape.stages, shape.block_k, plan.value_width), plan.dtype, value),
         "offset": shared((shape.stages, shape.block_k), jnp.float32),
         "stage": stage,

@@ -140,29 +140,39 @@ def fma(a, b, c):
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """How a matrix of 16-bit numbers lies in shared memory.
+    """How a matrix of 16-bit or 8-bit numbers lies in shared memory.
 
     Attributes:
-      width: columns, a multiple of 16.
-      dtype: bfloat16 or float16.
+      width: columns, a multiple of 32 bytes of them.
+      dtype: bfloat16, float16 or float8_e4m3fn.
     """
 
     width: int
     dtype: Any
 
     @property
+    def bytes(self) -> int:
+        """Of one number."""
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def step(self) -> int:
+        """Columns of one step of the matrix unit: 32 bytes."""
+        return 32 // self.bytes
+
+    @property
     def swizzle(self) -> int:
         """In bytes, the largest that the width is a multiple of."""
-        return next(size for size in (128, 64, 32) if 2 * self.width % size == 0)
+        return next(size for size in (128, 64, 32) if self.bytes * self.width % size == 0)
 
     @property
     def transforms(self) -> tuple:
         """As Pallas describes them."""
         tiling: Any = plgpu.TilingTransform
         swizzle: Any = plgpu.SwizzleTransform
-        return (tiling((8, self.swizzle // 2)), swizzle(self.swizzle))
+        return (tiling((8, self.swizzle // self.bytes)), swizzle(self.swizzle))
 
     @property
     def half(self) -> str:
-        """The dtype's name in PTX."""
-        return half_name(self.dtype)
+        """The numbers' name in PTX."""
+        return "e4m3" if self.bytes == 1 else half_name(self.dtype)
