@@ -89,8 +89,10 @@ def _spec(changes):
 
 
 def _score_error(operands, spec):
-    """How far weights may be off for the unit's sums of eight-bit products, of which it keeps fewer
-    bits than float32: 13 or more of a step of 32 products, hence 2⁻¹¹ of all magnitudes."""
+    """How far weights may be off for the unit's sums of products of eight-bit numbers.
+
+    It keeps 13 bits or more of a step of 32 products, hence 2⁻¹¹ of all their magnitudes.
+    """
     if not spec.float8_scores:
         return 1e-5
     rows = (jnp.max(jnp.sum(jnp.abs(x.astype(jnp.float32)), axis=-1)) for x in operands[:2])
