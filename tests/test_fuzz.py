@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 
 from dpfa_jax.pallas import triton
@@ -24,9 +25,9 @@ def test_distance_of_a_slightly_wrong_call_is_above_one(wrong):
     def changed(operands, spec):
         if wrong == "causal":
             return operands, dataclasses.replace(spec, is_causal=not spec.is_causal)
-        # The last row alone, by a tenth.
-        rows = getattr(operands, wrong)
-        return operands._replace(**{wrong: rows.at[:, -1].multiply(1.1)}), spec
+        # The last query or the first key of 64, as where an edge is masked wrongly.
+        place, edge = {"query": (-1, 0.0), "log_weights": (0, -jnp.inf)}[wrong]
+        return operands._replace(**{wrong: getattr(operands, wrong).at[:, place].set(edge)}), spec
 
     def forward(operands, spec):
         return triton.forward(*changed(operands, spec))
