@@ -61,3 +61,21 @@ def test_sums_of_many_keys_keep_both_words():
     # Groups of 256 keys round; what joins them does not, and one word of the result would.
     assert np.all(low != 0)
     assert np.max(np.abs(np.asarray(high, np.float64) + low - exact)) < 1e-3
+
+
+@pytest.mark.parametrize("offset", [-4500, -8300, 0])
+def test_sums_of_several_runs_equal_the_reference(offset):
+    # 9000 keys are three runs. At -4500 the 20 queries see keys 100 to 4519 and fewer: both ends
+    # are masked, and one run ends between them. At -8300 they see into the third run.
+    source = np.random.default_rng(3)
+    shapes = (1, 20, 1, 8), (1, 9000, 1, 8), (1, 9000, 1, 8)
+    rows = [jnp.asarray(source.normal(size=shape), jnp.float32) for shape in shapes]
+    weights = -jnp.abs(jnp.asarray(source.normal(size=(1, 9000, 1)), jnp.float32))
+    operands = Operands(*rows, weights, key_offset=jnp.int32(offset))
+    spec = Spec(scale=0.4, score_cap=1.0, is_causal=True, window=(4400, 9))
+    tile = tiling.Tile(16, 128, 4, 2)
+    ours = jax.jit(lambda o: triton.sums(o, spec, tile=tile))(operands)
+    want = jax.jit(lambda o: reference.sums(o, spec))(operands)
+    for (high, low), (other, other_low) in zip(ours, want, strict=True):
+        found, truth = (np.asarray(x, np.float64) + y for x, y in ((high, low), (other, other_low)))
+        assert np.max(np.abs(found - truth)) <= 2e-6 * np.max(np.abs(truth))

@@ -17,7 +17,8 @@ GROUP_KEYS = 256
 """Keys summed in one accumulator of the matrix unit before they join the outer sum."""
 
 PLAIN_KEYS = 4096
-"""Longest memory whose groups are joined in one float32 word; longer ones use a double word."""
+"""Keys whose groups are joined in one float32 word, a run; longer memories join runs in a double
+word."""
 
 WEIGHT_ROUNDOFF = 2.0**-8
 """Relative rounding of one weight: bfloat16's; float16's and float32's are smaller."""
@@ -103,7 +104,7 @@ def _maximum(a: Any, b: Any) -> Any:
     return jnp.maximum(a, b)
 
 
-def _tiles(count: Any, size: int) -> Any:
+def tiles(count: Any, size: int) -> Any:
     """`count` // `size` for count ≥ 0, a Python number or a traced one."""
     if isinstance(count, int):
         return count // size
@@ -132,11 +133,11 @@ def sections(
     whole, last = length // step, -(-length // step)
     low, high, inner_low, inner_high = 0, last, 0, whole
     if left is not None:
-        low = _tiles(_maximum(start - left, 0), step)
-        inner_low = _tiles(_maximum(start + size - 1 - left, 0) + (step - 1), step)
+        low = tiles(_maximum(start - left, 0), step)
+        inner_low = tiles(_maximum(start + size - 1 - left, 0) + (step - 1), step)
     if right is not None:
-        high = _tiles(_minimum(start + size + right, length) + (step - 1), step)
-        inner_high = _minimum(_tiles(_maximum(start + right + 1, 0), step), whole)
+        high = tiles(_minimum(start + size + right, length) + (step - 1), step)
+        inner_high = _minimum(tiles(_maximum(start + right + 1, 0), step), whole)
     high = _maximum(high, low)
     inner_low = _minimum(_maximum(inner_low, low), high)
     inner_high = _maximum(_minimum(inner_high, high), inner_low)
@@ -156,8 +157,8 @@ def sums_rounding(keys: int) -> float:
     """Relative growth of a sensitivity by the kernels' sums, for a memory of `keys` rows.
 
     Groups of up to 256 keys at fixed positions, each summed by the matrix unit in steps of 8 keys
-    or more, one step erring by at most 5.5·2⁻²³ of the magnitudes added so far; groups joined in
-    one float32 word up to 4096 keys, in a double word beyond.
+    or more, one step erring by at most 5.5·2⁻²³ of the magnitudes added so far; the groups of a run
+    of up to 4096 keys joined in one float32 word, the runs in a double word.
 
     Args:
       keys: n ≥ 1.
@@ -168,17 +169,16 @@ def sums_rounding(keys: int) -> float:
     Guarantee: F3 (tiling.md).
     """
     keys = _check.integer("keys", keys, low=1)
-    group = min(GROUP_KEYS, keys)
+    group, run = min(GROUP_KEYS, keys), min(PLAIN_KEYS, keys)
     steps = -(-group // _STEP_KEYS)
-    # A block's first and last run may hold a group that is not full.
-    groups = -(-keys // GROUP_KEYS) + 2
-    within = 2 * _STEP_ERROR * _STEP_KEYS * steps * (steps + 1) / 2 * 1.01
-    if keys <= PLAIN_KEYS:
-        partial = sum(min(k * GROUP_KEYS, keys) for k in range(2, groups + 1))
-        joined = 2 * _UNIT * partial * 1.01
-    else:
-        joined = 2 * keys * math.expm1((groups + 1) * math.log1p(2 * _UNIT**2)) * 1.01
-    return within + joined
+    within = 2 * _STEP_ERROR * _STEP_KEYS * steps * (steps + 1) / 2
+    # A block's first and last group may not be full, nor may its first and last run.
+    groups = -(-run // GROUP_KEYS) + 2
+    joined = 2 * _UNIT * sum(min(k * GROUP_KEYS, run) for k in range(2, groups + 1))
+    if keys > PLAIN_KEYS:
+        runs = -(-keys // PLAIN_KEYS) + 4
+        joined += 2 * keys * math.expm1((runs + 1) * math.log1p(2 * _UNIT**2))
+    return 1.01 * (within + joined)
 
 
 def rounding(keys: int) -> float:
