@@ -79,3 +79,39 @@ def test_sums_of_several_runs_equal_the_reference(offset):
     for (high, low), (other, other_low) in zip(ours, want, strict=True):
         found, truth = (np.asarray(x, np.float64) + y for x, y in ((high, low), (other, other_low)))
         assert np.max(np.abs(found - truth)) <= 2e-6 * np.max(np.abs(truth))
+
+
+def test_tiles_of_the_table_keep_the_groups_that_are_charged_for():
+    assert tiling.TABLE
+    for (which, capability, width, causal, length), tile in tiling.TABLE.items():
+        assert tiling.GROUP_KEYS % tile.block_k == 0 and tiling.PLAIN_KEYS % tile.block_k == 0
+        pick = {"forward": tiling.forward_tile, "backward": tiling.backward_tile}[which]
+        keys = {"short": 256, "long": 4096}[length]
+        shape = {"capability": capability, "width": width, "causal": causal, "keys": keys}
+        assert pick(**shape, item_bytes=2) == tile
+
+
+@pytest.mark.parametrize("pick", [tiling.forward_tile, tiling.backward_tile])
+@pytest.mark.parametrize("capability", [80, 86, 89, 100, 120, 1])
+def test_devices_that_were_not_measured_get_a_tile_that_fits_any(pick, capability):
+    for width in (16, 64, 128, 256):
+        tile = pick(capability=capability, width=width, item_bytes=2, causal=False, keys=4096)
+        # Keys and values in flight and the block of queries, in 99 KiB of shared memory.
+        held = 2 * width * (2 * tile.block_k * tile.stages + tile.block_q)
+        assert held <= 99 * 1024
+
+
+@pytest.mark.parametrize("block_k", [16, 32, 64, 128])
+def test_groups_of_keys_lie_at_the_same_places_whatever_the_tile(block_k):
+    # Beside 2²⁴ a one is lost, several together are not: ones of the same group are lost one by
+    # one, those of the next group are summed before they meet it.
+    count, tile = tiling.GROUP_KEYS // block_k, tiling.Tile(16, block_k, 4, 2)
+    run = jax.jit(lambda o: triton.sums(o, Spec(scale=1.0, score_cap=0.0), tile=tile))
+    for group, kept in ((0, 0), (1, count)):
+        value = np.zeros((1, 3 * tiling.GROUP_KEYS, 1, 8), np.float32)
+        value[0, group * tiling.GROUP_KEYS + block_k * np.arange(count) + block_k - 1] = 1.0
+        value[0, 0] = 2.0**24
+        zeros = jnp.zeros_like(value)
+        operands = Operands(zeros[:, :16], zeros, jnp.asarray(value), zeros[..., 0])
+        (high, _), _ = run(operands)
+        assert np.all(np.asarray(high, np.float64) == 2.0**24 + kept)

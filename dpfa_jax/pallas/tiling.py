@@ -5,6 +5,8 @@ it rounds does.
 """
 
 import dataclasses
+import importlib.resources
+import json
 import math
 from typing import Any
 
@@ -27,6 +29,8 @@ WEIGHT_ERROR = 2.0**-12
 """Relative excess of a weight over its bound before it is rounded: `reference.WEIGHT_ERROR`, and
 exponents of magnitude up to 3500 at 2⁻²⁴."""
 
+_SHORT_KEYS = 1024
+_NARROWEST = 64
 _STEP_KEYS = 8
 _STEP_ERROR = 5.5 * 2.0**-23
 _UNIT = 2.0**-24
@@ -64,32 +68,53 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def forward_tile(*, capability: int, width: int, item_bytes: int) -> Tile:
+def length_class(keys: int) -> str:
+    """The row of the table for a memory of so many keys: "short" or "long"."""
+    return "short" if keys <= _SHORT_KEYS else "long"
+
+
+def _table() -> dict[tuple, Tile]:
+    """What the tuner found fastest, by (pass, capability, padded width, causal, length class)."""
+    text = importlib.resources.files(__package__).joinpath("tiles.json").read_text()
+    sizes = [field.name for field in dataclasses.fields(Tile)]
+    return {
+        (row["pass"], row["capability"], row["width"], row["causal"], row["length"]): Tile(
+            *(row[size] for size in sizes)
+        )
+        for row in json.loads(text)
+    }
+
+
+TABLE = _table()
+"""Tiles of 16-bit rows on devices that were measured, from `experiments/tune_tiles.py`."""
+
+
+def forward_tile(*, capability: int, width: int, item_bytes: int, causal: bool, keys: int) -> Tile:
     """The tile of the forward kernel.
 
     Args:
-      capability: compute capability, 90 for Hopper; unknown ones get what fits the smallest.
+      capability: compute capability, 90 for Hopper; those not in `TABLE` get what fits any.
       width: the wider of the padded query and value rows.
       item_bytes: bytes of one number.
+      causal: whether queries see earlier keys only.
+      keys: rows of one memory.
     """
     if item_bytes > 2:
         return Tile(32, 32, 4, 1) if width > 128 else Tile(32, 32, 4, 2)
-    if capability >= 90 and width <= 128:
-        return Tile(64, 64, 4, 3)
-    if width <= 128:
-        return Tile(64, 64, 4, 2)
-    return Tile(64, 32, 4, 2)
+    safe = Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 2)
+    place = max(width, _NARROWEST), causal, length_class(keys)
+    return TABLE.get(("forward", capability, *place), safe)
 
 
-def backward_tile(*, capability: int, width: int, item_bytes: int) -> Tile:
+def backward_tile(*, capability: int, width: int, item_bytes: int, causal: bool, keys: int) -> Tile:
     """The tile of the backward kernels; see `forward_tile`."""
     if item_bytes > 2:
         return Tile(16, 16, 4, 1) if width > 128 else Tile(32, 32, 4, 1)
-    if width <= 64:
-        return Tile(64, 64, 4, 3 if capability >= 90 else 2)
+    safe = Tile(32, 32, 4, 1)
     if width <= 128:
-        return Tile(64, 64, 4, 2 if capability >= 90 else 1)
-    return Tile(32, 32, 4, 1)
+        safe = Tile(64, 64, 4, 2 if width <= 64 else 1)
+    place = max(width, _NARROWEST), causal, length_class(keys)
+    return TABLE.get(("backward", capability, *place), safe)
 
 
 def _minimum(a: Any, b: Any) -> Any:

@@ -213,18 +213,20 @@ def _by_runs(plan: Plan, runs, step, shape):
     size = tiling.PLAIN_KEYS // plan.tile.block_k
 
     def one(index, words, first, end, masked):
-        low = jnp.maximum(jnp.int32(first), index * size)
-        high = jnp.minimum(jnp.int32(end), (index + 1) * size)
-        part, total = blocks.sweep([(low, high, masked)], step, (_part(shape), _total(shape)))
+        start = jnp.maximum(jnp.int32(first), index * size)
+        stop = jnp.minimum(jnp.int32(end), (index + 1) * size)
+        part, total = blocks.sweep([(start, stop, masked)], step, (_part(shape), _total(shape)))
+        joined = _join(total, part)
         return tuple(
-            add_word(*word, more) for word, more in zip(words, _join(total, part), strict=True)
+            add_word(high, low, more) for (high, low), more in zip(words, joined, strict=True)
         )
 
     spans = [
         (tiling.tiles(first, size), tiling.tiles(end + size - 1, size), first, end, masked)
         for first, end, masked in runs
     ]
-    words = blocks.sweep(spans, one, tuple((zero, zero) for zero in _total(shape)))
+    numerator, mass = _total(shape)
+    words = blocks.sweep(spans, one, ((numerator, numerator), (mass, mass)))
     return tuple(zip(*words, strict=True))
 
 
