@@ -62,6 +62,25 @@ def test_kernel_noise_is_that_of_the_cpu(width):
     assert np.max(np.abs(ours - want)) < 2.0**-12
 
 
+def test_kernel_answers_lie_on_the_public_grid():
+    # Over a floor of 1 the answer is the noisy sum; its grid is 2⁻¹⁰ of a noise of 1.
+    source = np.random.default_rng(0)
+    rows = [jnp.asarray(source.normal(size=(2, 300, 3, 64)), jnp.float32) for _ in range(3)]
+    operands = Operands(*rows, jnp.zeros((2, 300, 3)), noise_key=jnp.asarray(suite.KEY_DATA))
+    spec = Spec(
+        scale=0.1,
+        score_cap=1.0,
+        noise="sums",
+        noise_std=1.0,
+        denominator_std=float("inf"),
+        floor=1.0,
+        on_grid=True,
+    )
+    steps = 2.0**10 * np.asarray(jax.jit(lambda o: triton.forward(o, spec))(operands)[0])
+    want = 2.0**10 * np.asarray(jax.jit(lambda o: reference.forward(o, spec))(operands)[0])
+    assert np.all(steps == np.rint(steps)) and np.max(np.abs(steps - want)) <= 1
+
+
 @pytest.mark.parametrize("backend", ("triton",))
 def test_random_calls_equal_the_definition(backend):
     # Processes of their own, since tracing a thousand programs in one takes six minutes.

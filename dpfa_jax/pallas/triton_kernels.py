@@ -366,14 +366,14 @@ def forward_kernel(plan: Plan, place, refs):
         )
 
     if spec.noise == "sums":
-        total = blocks.noisy(spec, total, low, spec.noise_std, unit_noise())
+        total = blocks.noisy(spec, total, low, spec.noise_std, unit_noise(), plan.fast)
         if released:
             row = blocks.row_noise(noise_key, batch, head, start, tile.block_q, plan.fast)
-            mass = blocks.noisy(spec, mass, mass_low, spec.denominator_std, row)
+            mass = blocks.noisy(spec, mass, mass_low, spec.denominator_std, row, plan.fast)
     elif low is not None and mass_low is not None:
         total, mass = total + low, mass + mass_low
     if released:
-        ratio = total / jnp.maximum(mass, spec.floor)[:, None]
+        ratio = blocks.quotient(total, jnp.maximum(mass, spec.floor), plan.fast)
     else:
         ratio = total * (1.0 / spec.floor)
         mass = jnp.zeros_like(mass)
@@ -388,7 +388,7 @@ def forward_kernel(plan: Plan, place, refs):
     if "clean" in refs:
         blocks.store(refs["clean"], (own, slice(None)), out, out_ok)
     if spec.noise == "rows":
-        out = blocks.noisy(spec, out, None, spec.noise_std, unit_noise())
+        out = blocks.noisy(spec, out, None, spec.noise_std, unit_noise(), plan.fast)
     if spec.mark_queries:
         out = jnp.where(known[:, None], out, float("nan"))
     blocks.store(refs["out"], (own, slice(None)), out, out_ok)
