@@ -8,6 +8,8 @@ import dataclasses
 import importlib.resources
 import json
 import math
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -73,16 +75,15 @@ def length_class(keys: int) -> str:
     return "short" if keys <= _SHORT_KEYS else "long"
 
 
-def _table() -> dict[tuple, Tile]:
+def _table() -> Mapping[tuple, Tile]:
     """What the tuner found fastest, by (pass, capability, padded width, causal, length class)."""
     text = importlib.resources.files(__package__).joinpath("tiles.json").read_text()
     sizes = [field.name for field in dataclasses.fields(Tile)]
-    return {
-        (row["pass"], row["capability"], row["width"], row["causal"], row["length"]): Tile(
-            *(row[size] for size in sizes)
-        )
-        for row in json.loads(text)
-    }
+    found = {}
+    for row in json.loads(text):
+        place = (row["pass"], row["capability"], row["width"], row["causal"], row["length"])
+        found[place] = Tile(*(row[size] for size in sizes))
+    return types.MappingProxyType(found)
 
 
 TABLE = _table()
