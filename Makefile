@@ -7,7 +7,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format aot
+.PHONY: help demo test test-slow test-gpu sanitize lint format aot
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -28,6 +28,7 @@ help:
 	@echo "make test       lint, then every test that is not slow, about 14 minutes on 2 cores"
 	@echo "make test-slow  the long statistical tests"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU, with the machine's own python3"
+	@echo "make sanitize   compute-sanitizer over the kernels, on an NVIDIA GPU, about a minute"
 	@echo "make aot        the kernels compiled for an H200 without a GPU"
 	@echo "make lint       ruff (lint and format) and pyright"
 	@echo "make format     let ruff rewrite what it can"
@@ -43,6 +44,9 @@ test-slow: $(VENV)/.made-test
 
 test-gpu:
 	JAX_PLATFORMS=cuda,cpu python3 -m pytest -m gpu
+
+sanitize:
+	python3 -m tests.pallas.sanitize
 
 lint: $(VENV)/.made-test
 	$(RUN) -m ruff check

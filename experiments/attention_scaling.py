@@ -1,27 +1,32 @@
 """How does private attention scale with the length of the sequence, and over devices?
 
-    python experiments/attention_scaling.py            # on all GPUs of the machine, 3 minutes
+    python experiments/attention_scaling.py            # on all GPUs of the machine, 2 minutes
     python experiments/attention_scaling.py --smoke    # tiny, on any device
     python experiments/attention_scaling.py --plot     # the picture of the last run
 
 Lengths: one GPU, kernel time by CUPTI, batch × length fixed. Devices: the sequence sharded over 1,
 2, … GPUs by `context_parallel_attention` with sharded queries, wall-clock time of whole calls;
-"strong" keeps the length, "weak" the records of one device. `exchange_milliseconds` is what the
-call takes longer than one shard's attention over its own records does: the part of the
-communication (and of the noise on sums that have left the kernel) that nothing hides. No line is
-written if the sharded answer differs from the unsharded one by more than rounding.
+"strong" keeps the length, "weak" the records of one device. Beside each of these rows stand three
+numbers: `exchange_milliseconds`, what the call takes longer than one shard's attention over its own
+records does (communication, and noise on sums that have left the kernel); what the call's
+collectives take alone, `collectives_milliseconds`; and `hidden`, the share of that which the call
+does not take longer. No line is written if the sharded answer differs from the unsharded one by
+more than rounding.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import statistics
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import _common
 import jax
@@ -110,11 +115,53 @@ def _sharded(mesh: jax.sharding.Mesh) -> Callable:
     return jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=part))
 
 
+@functools.cache
+def _collectives(mesh: jax.sharding.Mesh) -> Callable:
+    """What a sharded call sends: its queries, and two words of each sum."""
+
+    def send(query, numerators, denominators):
+        query = jax.lax.all_gather(query, AXIS, axis=1, tiled=True)
+        sums = (*numerators, *denominators)
+        sums = [jax.lax.psum_scatter(x, AXIS, scatter_dimension=1, tiled=True) for x in sums]
+        return query[None], sums
+
+    part, own = jax.sharding.PartitionSpec(None, AXIS), jax.sharding.PartitionSpec(AXIS)
+    return jax.jit(jax.shard_map(send, mesh=mesh, in_specs=(part, own, own), out_specs=(own, part)))
+
+
+@functools.partial(jax.jit, static_argnames=("size", "dtype"))
+def _normals(key: jax.Array, size: int, dtype: str) -> jax.Array:
+    return jax.random.normal(key, (size,), dtype)
+
+
 def _arrays(settings: Settings, batch: int, length: int) -> tuple[jax.Array, ...]:
     shape = (batch, length, settings.heads, settings.width)
     keys = jax.random.split(jax.random.key(1), 3)
-    rows = (jax.random.normal(key, shape, settings.dtype) for key in keys)
+    # Of one size for many shapes: a program less to compile.
+    rows = (_normals(key, math.prod(shape), settings.dtype).reshape(shape) for key in keys)
     return (*rows, jnp.arange(8, dtype=jnp.uint32))
+
+
+def _shapes(settings: Settings, batch: int, length: int, keys: int) -> tuple:
+    """Of the arrays of one device's call."""
+    query, key = (
+        jax.ShapeDtypeStruct((batch, size, settings.heads, settings.width), settings.dtype)
+        for size in (length, keys)
+    )
+    return query, key, key, jax.ShapeDtypeStruct((8,), jnp.uint32)
+
+
+def _compiled(programs: dict) -> dict:
+    """The programs of the same names, compiled side by side; what cannot be done is left out."""
+    lowered = {}
+    for name, (fun, specs) in programs.items():
+        try:
+            lowered[name] = fun.lower(*specs)
+        except NotImplementedError as reason:
+            print(f"{name} left out: {reason}", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(14) as pool:
+        made = pool.map(lambda program: program.compile(), lowered.values())
+        return dict(zip(lowered, made, strict=True))
 
 
 def check(settings: Settings, devices: int) -> float:
@@ -171,47 +218,99 @@ def _row(settings: Settings, mode: str, implementation: str, times: list[float],
     return row
 
 
+def _jitted(backend: str) -> Any:
+    return jax.jit(functools.partial(_attend, backend=backend))
+
+
 def over_lengths(settings: Settings) -> Iterator[dict]:
     """Rows of one device, all implementations that can do a length."""
-    programs: dict[str, Callable] = {"private": functools.partial(_attend, backend="auto")}
+    kinds = {"private": _jitted("auto")}
     if jax.default_backend() == "gpu":
-        programs["triton_private"] = functools.partial(_attend, backend="triton")
-        programs["cudnn"] = _cudnn
-    for length in settings.lengths:
-        batch = max(1, settings.tokens // length)
+        kinds |= {"triton_private": _jitted("triton"), "cudnn": _cudnn}
+    batches = {length: max(1, settings.tokens // length) for length in settings.lengths}
+    programs = _compiled(
+        {
+            (name, length): (fun, _shapes(settings, batch, length, length))
+            for length, batch in batches.items()
+            for name, fun in kinds.items()
+        }
+    )
+    for length, batch in batches.items():
         arrays = _arrays(settings, batch, length)
-        for name, run in programs.items():
-            times = _kernels(run, arrays, settings.iterations)
-            yield _row(settings, "length", name, times, devices=1, batch=batch, length=length)
+        for name in kinds:
+            if (name, length) in programs:
+                times = _kernels(programs[name, length], arrays, settings.iterations)
+                yield _row(settings, "length", name, times, devices=1, batch=batch, length=length)
+
+
+def _placed_shapes(settings: Settings, devices: int, length: int) -> tuple[tuple, tuple]:
+    """Of a call sharded over devices, and of what it sends."""
+    mesh, batch = _mesh(devices), settings.batch
+    part, own, whole = (
+        jax.NamedSharding(mesh, spec) for spec in (jax.P(None, AXIS), jax.P(AXIS), jax.P())
+    )
+
+    def placed(shape, dtype, sharding):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    rows = (batch, length, settings.heads, settings.width)
+    query, data = placed(rows, settings.dtype, part), placed((8,), jnp.uint32, whole)
+    shapes = (rows, rows[:3])
+    words = tuple((placed((devices * batch, *shape[1:]), jnp.int32, own),) * 2 for shape in shapes)
+    return (query, query, query, data), (query, *words)
 
 
 def over_devices(settings: Settings) -> Iterator[dict]:
     """Rows of 1, 2, 4, … devices: the whole length kept, then one device's part of it."""
-    alone = functools.partial(_attend, backend="auto")
+    # The kernels that the sharded call takes, which Hopper's are not among.
+    alone = _jitted("triton" if jax.default_backend() == "gpu" else "xla")
     counts = [2**i for i in range(10) if 2**i <= jax.device_count()]
-    for mode in ("strong", "weak"):
-        for devices in counts:
-            length = settings.length * (devices if mode == "weak" else 1)
-            mesh = _mesh(devices)
-            arrays = _arrays(settings, settings.batch, length)
-            part = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(None, AXIS))
-            whole = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
-            placed = jax.device_put(arrays, (part, part, part, whole))
-            times = _wall(_sharded(mesh), placed, settings.iterations)
-            # What one device does at least: all queries against the records that it holds.
-            query, *records = arrays[:3]
-            own = (query, *(x[:, : length // devices] for x in records), arrays[3])
-            least = statistics.median(_wall(alone, own, settings.iterations))
-            row = _row(
-                settings,
-                mode,
-                "context_parallel",
-                times,
-                devices=devices,
-                batch=settings.batch,
-                length=length,
-            )
-            yield row | {"exchange_milliseconds": round(row["milliseconds"] - least, 4)}
+    cases = {
+        (mode, devices): settings.length * (devices if mode == "weak" else 1)
+        for mode in ("strong", "weak")
+        for devices in counts
+    }
+    programs = {}
+    for (mode, devices), length in cases.items():
+        mesh = _mesh(devices)
+        call, sent = _placed_shapes(settings, devices, length)
+        own = _shapes(settings, settings.batch, length, length // devices)
+        programs["call", mode, devices] = _sharded(mesh), call
+        programs["alone", mode, devices] = alone, own
+        programs["collectives", mode, devices] = _collectives(mesh), sent
+    programs = _compiled(programs)
+
+    def times(kind, mode, devices, *arrays):
+        return _wall(programs[kind, mode, devices], arrays, settings.iterations)
+
+    for (mode, devices), length in cases.items():
+        call, (_, *words) = _placed_shapes(settings, devices, length)
+        arrays = _arrays(settings, settings.batch, length)
+        placed = jax.device_put(arrays, tuple(spec.sharding for spec in call))
+        found = times("call", mode, devices, *placed)
+        # What one device does at least: all queries against the records that it holds.
+        own = (arrays[0], *(x[:, : length // devices] for x in arrays[1:3]), arrays[3])
+        least = statistics.median(times("alone", mode, devices, *own))
+        zeros = jax.tree.map(
+            lambda spec: jnp.zeros(spec.shape, spec.dtype, device=spec.sharding), tuple(words)
+        )
+        sent = statistics.median(times("collectives", mode, devices, placed[0], *zeros))
+        row = _row(
+            settings,
+            mode,
+            "context_parallel",
+            found,
+            devices=devices,
+            batch=settings.batch,
+            length=length,
+        )
+        longer = row["milliseconds"] - least
+        row |= {"exchange_milliseconds": round(longer, 4)}
+        if devices > 1:
+            hidden = min(1.0, max(0.0, 1 - longer / sent))
+            row |= {"collectives_milliseconds": round(sent, 4), "hidden": round(hidden, 4)}
+            print(f"         collectives {sent:.4f} ms, not hidden {longer:.4f} ms", flush=True)
+        yield row
 
 
 def plot(folder: pathlib.Path, figures: pathlib.Path) -> pathlib.Path:
@@ -248,7 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--plot", action="store_true")
-    parser.add_argument("--results", type=pathlib.Path, default=_common.RESULTS)
+    parser.add_argument("--results", "--output", type=pathlib.Path, default=_common.RESULTS)
     parser.add_argument("--figures", type=pathlib.Path, default=_common.FIGURES)
     given = parser.parse_args()
     if given.plot:

@@ -101,6 +101,14 @@ def test_attention_scaling_smoke_has_lengths_and_devices(tmp_path):
         assert row["spread"] >= 0 and row["devices"] == 1
 
 
+def test_tune_tiles_smoke_times_tiles_that_are_right(tmp_path):
+    table = (ROOT / "dpfa_jax" / "pallas" / "tiles.json").read_bytes()
+    line = _smoke("tune_tiles", tmp_path)
+    assert len(line["metrics"]) == 8 and sum(row["used"] for row in line["metrics"]) == 4
+    assert {row["pass"] for row in line["metrics"]} == {"forward", "backward"}
+    assert (ROOT / "dpfa_jax" / "pallas" / "tiles.json").read_bytes() == table
+
+
 @pytest.mark.parametrize("name", ["private_memory", "reference_cost"])
 def test_experiment_writes_no_line_when_its_check_fails(name, tmp_path):
     # The check compares with float64; an answer that is off by a factor must stop the run.

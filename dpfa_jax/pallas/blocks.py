@@ -40,8 +40,25 @@ def exp2(x, fast):
     return _approximate("ex2", x) if fast else jnp.exp2(x)
 
 
+def _fused(x, factor, offset):
+    """x·factor + offset, rounded once; compiled only."""
+    args = [x, *(jnp.broadcast_to(jnp.float32(y), x.shape) for y in (factor, offset))]
+    (result,) = plgpu.elementwise_inline_asm(
+        "fma.rn.ftz.f32 $0, $1, $2, $3;",
+        args=args,
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
+def _bits(number):
+    return struct.pack(">f", number).hex().upper()
+
+
 def _hex(number):
-    return "0f" + struct.pack(">f", number).hex().upper()
+    return "0f" + _bits(number)
 
 
 def bounded_exp2(score, cap, factor, offset, fast):
@@ -168,12 +185,21 @@ def matrix_noise(key, batch, head, start, rows, width, fast):
 
 
 def row_noise(key, batch, head, start, rows, fast):
-    """One normal for each of the rows start..start+rows, start and rows multiples of 16."""
-    block = lax.broadcasted_iota(jnp.int32, (rows // 16,), 0)
-    block = (lax.div(start, jnp.int32(16)) + block).astype(jnp.uint32)
+    """One normal for each of the rows start..start+rows.
+
+    Sixteen rows share a block. Every thread computes one whichever way it is asked for; chosen by
+    row before they become normals, its words need one pair of these where there are eight.
+    """
+    row = start + lax.broadcasted_iota(jnp.int32, (rows,), 0)
+    block = lax.shift_right_logical(row, jnp.int32(4)).astype(jnp.uint32)
     words = _block(key, block, jnp.uint32(0), batch, _ROW, head, fast)
-    drawn = [normal_pair(words[2 * j], words[2 * j + 1], fast) for j in range(8)]
-    return _joined([jnp.stack(pair, axis=-1) for pair in drawn]).reshape(rows)
+    pair = row & 7
+    first, second = words[:2]
+    for j in range(1, 8):
+        first = jnp.where(pair == j, words[2 * j], first)
+        second = jnp.where(pair == j, words[2 * j + 1], second)
+    even, odd = normal_pair(first, second, fast)
+    return jnp.where((row & 8) == 0, even, odd)
 
 
 def dot(a, b, *, transpose_a=False, transpose_b=False):
@@ -242,8 +268,37 @@ def store(ref, index, value, allowed):
     plgpu.store(ref.at[index], value.astype(ref.dtype), mask=allowed)
 
 
-def noisy(spec, high, low, noise_std, unit):
+def on_grid(x, step, fast):
+    """x as the nearest multiple of `step`, a power of two, as `doubleword.to_grid` has it.
+
+    Compiled, by adding and subtracting 2²³ steps of its sign: halves go to the even multiple, and
+    what lies beyond keeps 23 digits. No conversion to integers, which are slow.
+    """
+    if not fast or not 2.0**-100 < step < 2.0**100:
+        return to_grid(x, step)
+    (result,) = plgpu.elementwise_inline_asm(
+        "{ .reg .b32 shift;"
+        f" and.b32 shift, $1, 0x80000000; or.b32 shift, shift, 0x{_bits(2.0**23 * step)};"
+        " add.rn.f32 $0, $1, shift; sub.rn.f32 $0, $0, shift; }",
+        args=[x],
+        constraints="=&f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
+def quotient(rows, divisor, fast):
+    """Rows divided by one number each; compiled, multiplied by its inverse: both within 2 ulp."""
+    if not fast:
+        return rows / divisor[:, None]
+    return rows * (1.0 / divisor)[:, None]
+
+
+def noisy(spec, high, low, noise_std, unit, fast):
     """One word or a double word plus noise, on the public grid where the call asks for it."""
-    noise = noise_std * unit
-    noisy = high + noise if low is None else round_after(high, low, noise)
-    return to_grid(noisy, grid_step(noise_std)) if spec.on_grid else noisy
+    if low is not None:
+        noisy = round_after(high, low, noise_std * unit)
+    else:
+        noisy = _fused(unit, noise_std, high) if fast else high + noise_std * unit
+    return on_grid(noisy, grid_step(noise_std), fast) if spec.on_grid else noisy

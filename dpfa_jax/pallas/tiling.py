@@ -5,7 +5,11 @@ it rounds does.
 """
 
 import dataclasses
+import importlib.resources
+import json
 import math
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +21,8 @@ GROUP_KEYS = 256
 """Keys summed in one accumulator of the matrix unit before they join the outer sum."""
 
 PLAIN_KEYS = 4096
-"""Longest memory whose groups are joined in one float32 word; longer ones use a double word."""
+"""Keys whose groups are joined in one float32 word, a run; longer memories join runs in a double
+word."""
 
 WEIGHT_ROUNDOFF = 2.0**-8
 """Relative rounding of one weight: bfloat16's; float16's and float32's are smaller."""
@@ -26,6 +31,8 @@ WEIGHT_ERROR = 2.0**-12
 """Relative excess of a weight over its bound before it is rounded: `reference.WEIGHT_ERROR`, and
 exponents of magnitude up to 3500 at 2⁻²⁴."""
 
+_SHORT_KEYS = 1024
+_NARROWEST = 64
 _STEP_KEYS = 8
 _STEP_ERROR = 5.5 * 2.0**-23
 _UNIT = 2.0**-24
@@ -63,32 +70,52 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def forward_tile(*, capability: int, width: int, item_bytes: int) -> Tile:
+def length_class(keys: int) -> str:
+    """The row of the table for a memory of so many keys: "short" or "long"."""
+    return "short" if keys <= _SHORT_KEYS else "long"
+
+
+def _table() -> Mapping[tuple, Tile]:
+    """What the tuner found fastest, by (pass, capability, padded width, causal, length class)."""
+    text = importlib.resources.files(__package__).joinpath("tiles.json").read_text()
+    sizes = [field.name for field in dataclasses.fields(Tile)]
+    found = {}
+    for row in json.loads(text):
+        place = (row["pass"], row["capability"], row["width"], row["causal"], row["length"])
+        found[place] = Tile(*(row[size] for size in sizes))
+    return types.MappingProxyType(found)
+
+
+TABLE = _table()
+"""Tiles of 16-bit rows on devices that were measured, from `experiments/tune_tiles.py`."""
+
+
+def forward_tile(*, capability: int, width: int, item_bytes: int, causal: bool, keys: int) -> Tile:
     """The tile of the forward kernel.
 
     Args:
-      capability: compute capability, 90 for Hopper; unknown ones get what fits the smallest.
+      capability: compute capability, 90 for Hopper; those not in `TABLE` get what fits any.
       width: the wider of the padded query and value rows.
       item_bytes: bytes of one number.
+      causal: whether queries see earlier keys only.
+      keys: rows of one memory.
     """
     if item_bytes > 2:
         return Tile(32, 32, 4, 1) if width > 128 else Tile(32, 32, 4, 2)
-    if capability >= 90 and width <= 128:
-        return Tile(64, 64, 4, 3)
-    if width <= 128:
-        return Tile(64, 64, 4, 2)
-    return Tile(64, 32, 4, 2)
+    safe = Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 2)
+    place = max(width, _NARROWEST), causal, length_class(keys)
+    return TABLE.get(("forward", capability, *place), safe)
 
 
-def backward_tile(*, capability: int, width: int, item_bytes: int) -> Tile:
+def backward_tile(*, capability: int, width: int, item_bytes: int, causal: bool, keys: int) -> Tile:
     """The tile of the backward kernels; see `forward_tile`."""
     if item_bytes > 2:
         return Tile(16, 16, 4, 1) if width > 128 else Tile(32, 32, 4, 1)
-    if width <= 64:
-        return Tile(64, 64, 4, 3 if capability >= 90 else 2)
+    safe = Tile(32, 32, 4, 1)
     if width <= 128:
-        return Tile(64, 64, 4, 2 if capability >= 90 else 1)
-    return Tile(32, 32, 4, 1)
+        safe = Tile(64, 64, 4, 2 if width <= 64 else 1)
+    place = max(width, _NARROWEST), causal, length_class(keys)
+    return TABLE.get(("backward", capability, *place), safe)
 
 
 def _minimum(a: Any, b: Any) -> Any:
@@ -103,7 +130,7 @@ def _maximum(a: Any, b: Any) -> Any:
     return jnp.maximum(a, b)
 
 
-def _tiles(count: Any, size: int) -> Any:
+def tiles(count: Any, size: int) -> Any:
     """`count` // `size` for count ≥ 0, a Python number or a traced one."""
     if isinstance(count, int):
         return count // size
@@ -132,11 +159,11 @@ def sections(
     whole, last = length // step, -(-length // step)
     low, high, inner_low, inner_high = 0, last, 0, whole
     if left is not None:
-        low = _tiles(_maximum(start - left, 0), step)
-        inner_low = _tiles(_maximum(start + size - 1 - left, 0) + (step - 1), step)
+        low = tiles(_maximum(start - left, 0), step)
+        inner_low = tiles(_maximum(start + size - 1 - left, 0) + (step - 1), step)
     if right is not None:
-        high = _tiles(_minimum(start + size + right, length) + (step - 1), step)
-        inner_high = _minimum(_tiles(_maximum(start + right + 1, 0), step), whole)
+        high = tiles(_minimum(start + size + right, length) + (step - 1), step)
+        inner_high = _minimum(tiles(_maximum(start + right + 1, 0), step), whole)
     high = _maximum(high, low)
     inner_low = _minimum(_maximum(inner_low, low), high)
     inner_high = _maximum(_minimum(inner_high, high), inner_low)
@@ -156,8 +183,8 @@ def sums_rounding(keys: int) -> float:
     """Relative growth of a sensitivity by the kernels' sums, for a memory of `keys` rows.
 
     Groups of up to 256 keys at fixed positions, each summed by the matrix unit in steps of 8 keys
-    or more, one step erring by at most 5.5·2⁻²³ of the magnitudes added so far; groups joined in
-    one float32 word up to 4096 keys, in a double word beyond.
+    or more, one step erring by at most 5.5·2⁻²³ of the magnitudes added so far; the groups of a run
+    of up to 4096 keys joined in one float32 word, the runs in a double word.
 
     Args:
       keys: n ≥ 1.
@@ -168,17 +195,16 @@ def sums_rounding(keys: int) -> float:
     Guarantee: F3 (tiling.md).
     """
     keys = _check.integer("keys", keys, low=1)
-    group = min(GROUP_KEYS, keys)
+    group, run = min(GROUP_KEYS, keys), min(PLAIN_KEYS, keys)
     steps = -(-group // _STEP_KEYS)
-    # A block's first and last run may hold a group that is not full.
-    groups = -(-keys // GROUP_KEYS) + 2
-    within = 2 * _STEP_ERROR * _STEP_KEYS * steps * (steps + 1) / 2 * 1.01
-    if keys <= PLAIN_KEYS:
-        partial = sum(min(k * GROUP_KEYS, keys) for k in range(2, groups + 1))
-        joined = 2 * _UNIT * partial * 1.01
-    else:
-        joined = 2 * keys * math.expm1((groups + 1) * math.log1p(2 * _UNIT**2)) * 1.01
-    return within + joined
+    within = 2 * _STEP_ERROR * _STEP_KEYS * steps * (steps + 1) / 2
+    # A block's first and last group may not be full, nor may its first and last run.
+    groups = -(-run // GROUP_KEYS) + 2
+    joined = 2 * _UNIT * sum(min(k * GROUP_KEYS, run) for k in range(2, groups + 1))
+    if keys > PLAIN_KEYS:
+        runs = -(-keys // PLAIN_KEYS) + 4
+        joined += 2 * keys * math.expm1((runs + 1) * math.log1p(2 * _UNIT**2))
+    return 1.01 * (within + joined)
 
 
 def rounding(keys: int) -> float:

@@ -89,7 +89,13 @@ def _plan(operands: Operands, spec: Spec, pick: Callable, tile: Any) -> Plan:
     query, key, value = operands.query, operands.key, operands.value
     widest = max(tiling.padded(query.shape[3]), tiling.padded(value.shape[3]))
     if tile is None:
-        tile = pick(capability=_capability(), width=widest, item_bytes=key.dtype.itemsize)
+        tile = pick(
+            capability=_capability(),
+            width=widest,
+            item_bytes=key.dtype.itemsize,
+            causal=spec.is_causal,
+            keys=key.shape[1],
+        )
     return Plan(
         spec=spec,
         tile=tile,

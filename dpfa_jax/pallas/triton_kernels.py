@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def compensated(self) -> bool:
-        """Whether groups are joined in a double word."""
+        """Whether there are several runs of keys, which are joined in a double word."""
         return self.keys > tiling.PLAIN_KEYS
 
     def own(self, start, size):
@@ -94,7 +94,7 @@ class Plan:
         """Whether queries stay in registers: the matrix unit then reads less shared memory."""
         widest = max(tiling.padded(self.key_width), tiling.padded(self.value_width))
         narrow = self.dtype != jnp.float32 and widest <= 128
-        return self.fast and self.hopper and narrow and not self.compensated
+        return self.fast and self.hopper and narrow
 
     @property
     def divides(self) -> bool:
@@ -192,22 +192,42 @@ def finite_rows(rows):
     return known, jnp.where(known[:, None], rows, jnp.zeros((), rows.dtype))
 
 
-def _total(plan: Plan, shape):
-    zero = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:1], jnp.float32))
-    return (zero[0], zero[0], zero[1], zero[1]) if plan.compensated else zero
+def _total(shape):
+    return jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:1], jnp.float32)
 
 
 def _part(shape):
     return jnp.zeros(shape, jnp.float32), jnp.zeros((shape[0], LANES), jnp.float32)
 
 
-def _join(plan: Plan, total, part):
+def _join(total, part):
     """A group of keys enters the outer sum."""
-    mass = jnp.sum(part[1], axis=1)
-    if not plan.compensated:
-        return total[0] + part[0], total[1] + mass
-    high, low, mass_high, mass_low = total
-    return (*add_word(high, low, part[0]), *add_word(mass_high, mass_low, mass))
+    return total[0] + part[0], total[1] + jnp.sum(part[1], axis=1)
+
+
+def _by_runs(plan: Plan, runs, step, shape):
+    """Sums and their low words, over runs of keys at fixed positions.
+
+    The double word is not touched while a run is summed: it may leave the registers.
+    """
+    size = tiling.PLAIN_KEYS // plan.tile.block_k
+
+    def one(index, words, first, end, masked):
+        start = jnp.maximum(jnp.int32(first), index * size)
+        stop = jnp.minimum(jnp.int32(end), (index + 1) * size)
+        part, total = blocks.sweep([(start, stop, masked)], step, (_part(shape), _total(shape)))
+        joined = _join(total, part)
+        return tuple(
+            add_word(high, low, more) for (high, low), more in zip(words, joined, strict=True)
+        )
+
+    spans = [
+        (tiling.tiles(first, size), tiling.tiles(end + size - 1, size), first, end, masked)
+        for first, end, masked in runs
+    ]
+    numerator, mass = _total(shape)
+    words = blocks.sweep(spans, one, ((numerator, numerator), (mass, mass)))
+    return tuple(zip(*words, strict=True))
 
 
 def _flush(plan: Plan, tile_index, score, part, total):
@@ -219,7 +239,7 @@ def _flush(plan: Plan, tile_index, score, part, total):
     size = plan.grouped // plan.tile.block_k
 
     def join(score, part, total):
-        return blocks.same(score, plan.fast), _part(part[0].shape), _join(plan, total, part)
+        return blocks.same(score, plan.fast), _part(part[0].shape), _join(total, part)
 
     def keep(score, part, total):
         return score, part, total
@@ -315,15 +335,13 @@ def forward_kernel(plan: Plan, place, refs):
         total, mass, best = blocks.sweep(runs, online, (*_part(shape), jnp.full(shape[:1], -1e30)))
         mass = jnp.sum(mass, axis=1)
     else:
-        one = plan.keys <= plan.grouped
-        total = None if one else _total(plan, shape)
-        part, total = blocks.sweep(runs, capped, (_part(shape), total))
-        sums = (part[0], jnp.sum(part[1], axis=1)) if one else _join(plan, total, part)
-        if len(sums) == 4:
-            total, low, mass, mass_low = sums
+        if plan.compensated:
+            (total, mass), (low, mass_low) = _by_runs(plan, runs, capped, shape)
             low, mass_low = low * unshift, mass_low * unshift
         else:
-            total, mass = sums
+            one = plan.keys <= plan.grouped
+            part, total = blocks.sweep(runs, capped, (_part(shape), None if one else _total(shape)))
+            total, mass = (part[0], jnp.sum(part[1], axis=1)) if one else _join(total, part)
     total, mass = total * unshift, mass * unshift
     queries = start + lax.broadcasted_iota(jnp.int32, (tile.block_q,), 0)
     row_ok = None if tail is None else queries < tail
@@ -348,14 +366,14 @@ def forward_kernel(plan: Plan, place, refs):
         )
 
     if spec.noise == "sums":
-        total = blocks.noisy(spec, total, low, spec.noise_std, unit_noise())
+        total = blocks.noisy(spec, total, low, spec.noise_std, unit_noise(), plan.fast)
         if released:
             row = blocks.row_noise(noise_key, batch, head, start, tile.block_q, plan.fast)
-            mass = blocks.noisy(spec, mass, mass_low, spec.denominator_std, row)
+            mass = blocks.noisy(spec, mass, mass_low, spec.denominator_std, row, plan.fast)
     elif low is not None and mass_low is not None:
         total, mass = total + low, mass + mass_low
     if released:
-        ratio = total / jnp.maximum(mass, spec.floor)[:, None]
+        ratio = blocks.quotient(total, jnp.maximum(mass, spec.floor), plan.fast)
     else:
         ratio = total * (1.0 / spec.floor)
         mass = jnp.zeros_like(mass)
@@ -370,7 +388,7 @@ def forward_kernel(plan: Plan, place, refs):
     if "clean" in refs:
         blocks.store(refs["clean"], (own, slice(None)), out, out_ok)
     if spec.noise == "rows":
-        out = blocks.noisy(spec, out, None, spec.noise_std, unit_noise())
+        out = blocks.noisy(spec, out, None, spec.noise_std, unit_noise(), plan.fast)
     if spec.mark_queries:
         out = jnp.where(known[:, None], out, float("nan"))
     blocks.store(refs["out"], (own, slice(None)), out, out_ok)
