@@ -118,7 +118,7 @@ def measure(
     A row's `efficiency` is the time on one device over that on n, per row of a device.
 
     Raises:
-      RuntimeError: if the sums differ between numbers of devices.
+      RuntimeError: if the sums differ between numbers of devices, or a small program does not run.
     """
     watch, run_id = _common.Stopwatch(), uuid.uuid4().hex[:12]
     pool = concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count() or 2))
@@ -132,6 +132,8 @@ def measure(
     print(f"{watch.seconds():.0f} s: compiled", flush=True)
     for case, runs in compiling.items():
         rows = _time(case, runs, run_id, watch, limit)
+        if case in SMOKE and len(rows) != len(runs):
+            raise RuntimeError("A method did not run on the small model.")
         if case in cases and rows:
             _common.append_line(folder, "train_speed", case, rows, watch.seconds())
     pool.shutdown(wait=False, cancel_futures=True)
