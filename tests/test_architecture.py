@@ -35,7 +35,7 @@ LAYERS = (
     " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels"
     " pallas.mosaic_gpu_gradient_blocks",
     "per_example.norms",
-    "per_example.rules",
+    "per_example.rules per_example.keep",
     "pallas.triton_gradients pallas.triton_calls pallas.mosaic_gpu_gradient_kernels"
     " clipping.groups clipping.adaptive",
     "per_example.evaluate clipping.bounded",

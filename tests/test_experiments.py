@@ -15,12 +15,12 @@ from tests.pins import ROOT
 LINE = {"experiment", "config", "metrics", "commit", "jax", "device", "time", "seconds"}
 
 
-def _smoke(name: str, folder: pathlib.Path, *more: str) -> dict:
+def _smoke(name: str, folder: pathlib.Path, *more: str, flags: str = "") -> dict:
     """Runs an experiment on its small scale and returns the one line that it wrote."""
     script = ROOT / "experiments" / f"{name}.py"
     committed = ROOT / "experiments" / "results" / f"{name}.jsonl"
     before = committed.read_bytes() if committed.exists() else b""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         (sys.executable, script, "--smoke", "--results", folder, *more),
         cwd=folder,
@@ -90,6 +90,22 @@ def test_train_speed_smoke_compares_methods_and_times_one(tmp_path):
     rate = 1e3 * row["batch"] * row["length"] / row["milliseconds"]
     # Milliseconds are rounded to a thousandth, tokens to whole ones.
     assert abs(row["tokens_per_second"] - rate) <= 0.5 + rate * 0.0006 / row["milliseconds"]
+
+
+def test_train_speed_smoke_gives_the_same_sums_and_noise_on_two_devices(tmp_path):
+    flags = "--xla_force_host_platform_device_count=2"
+    line = _smoke("train_speed", tmp_path, "--devices", flags=flags)
+    rows = line["metrics"]
+    assert [(row["devices"], row["mode"], row["batch"]) for row in rows[::3]] == [
+        (1, "strong", 4),
+        (2, "strong", 4),
+        (2, "weak", 8),
+    ]
+    assert [row["method"] for row in rows] == 3 * ["plain", "one_pass", "private"]
+    for row, alone in zip(rows, 3 * rows[:3], strict=True):
+        work = row["batch"] / row["devices"] / alone["batch"]
+        ratio = work * alone["milliseconds"] / row["milliseconds"]
+        assert abs(row["efficiency"] / ratio - 1) < 0.01
 
 
 def test_attention_scaling_smoke_has_lengths_and_devices(tmp_path):

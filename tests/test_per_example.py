@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from dpfa_jax import per_example
+from dpfa_jax.clipping._batch import inner_jaxprs
 
 VOCABULARY, WIDTH = 7, 3
 TOKENS = jnp.array([[1, 1, 1, 5], [0, 6, 2, 2], [4, 4, 0, 0]])
@@ -147,10 +149,10 @@ def test_norms_of_layers_in_blocks_and_casts(remat):
     _compare(loss, params, _table(5, (3, 5, 4)), rules)
 
 
-@pytest.mark.parametrize(("remat", "sines"), [(False, 4), (True, 6)])
-def test_pairs_compute_again_what_the_loss_computes_again(remat, sines):
+@pytest.mark.parametrize(("remat", "heavy"), [(False, 3), (True, 5)])
+def test_pairs_compute_again_light_work_and_what_the_loss_computes_again(remat, heavy):
     def block(w, x):
-        return jnp.cos(jnp.sin(x) @ w)
+        return jnp.cos(jnp.sin(jnp.cumsum(x, axis=0)) @ w)
 
     def loss(params, x):
         for w in params:
@@ -166,8 +168,78 @@ def test_pairs_compute_again_what_the_loss_computes_again(remat, sines):
     want = jax.grad(lambda p: loss(p, x)[0])(params)
     for (met, dy), grad in zip([found[path] for path in sorted(found)], want, strict=True):
         assert np.allclose(met.T @ dy, grad, rtol=1e-5, atol=1e-6)
-    # Of each block one for the loss, one for the derivative of the cosine, and one computed again.
-    assert str(jax.make_jaxpr(run)(params, [x])).count(" sin ") == sines
+    # Of each block one sine for the loss, one for the derivative of the cosine, and one computed
+    # again; one running sum, of the second its transpose, and one more where the loss says so.
+    text = str(jax.make_jaxpr(run)(params, [x]))
+    assert (text.count(" sin "), text.count(" cumsum[")) == (6, heavy)
+
+
+def _centred(x):
+    off = x - jnp.mean(x, axis=1, keepdims=True)
+    return off * jax.lax.rsqrt(1 + jnp.var(x, axis=1))[:, None]
+
+
+def _blocks(params, x, has_norm):
+    """Residual blocks: perhaps a norm, a product with a bias, an activation, a product."""
+    for first, bias, second in params:
+        y = _centred(x) if has_norm else x
+        x = x + jax.nn.gelu(y @ first + bias) @ second
+    return (jnp.sum(jnp.sin(x)),)
+
+
+def _block_params(blocks):
+    return [
+        (_table(i, (4, 16)), _table(i + 1, (16,)), _table(i + 2, (16, 4)))
+        for i in range(0, 3 * blocks, 3)
+    ]
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in inner_jaxprs(equation):
+            yield from _equations(inner)
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_pairs_keep_products_and_the_residual_stream_and_no_activation(has_norm):
+    blocks = 3
+    params, x = _block_params(blocks), _table(9, (5, 4))
+    flat = jax.tree.leaves(params)
+
+    def loss(leaves, x):
+        return _blocks(jax.tree.unflatten(jax.tree.structure(params), leaves), x, has_norm)
+
+    closed = jax.make_jaxpr(loss)(flat, x)
+    run = per_example.pairs(closed, per_example.plan(closed.jaxpr, len(flat)))
+    lines = list(_equations(jax.make_jaxpr(run)(flat, [x]).jaxpr))
+    again = [line for line in lines if line.primitive.name == "remat2"]
+    met = {atom for line in again for atom in line.invars if not isinstance(atom, core.Literal)}
+    shapes = [getattr(atom.aval, "shape", None) for atom in met]
+    # Behind the first product of each block it and its cotangent, and nothing of the activation.
+    assert shapes.count((5, 16)) <= 2 * blocks
+    # The stream before each block and its cotangents, nothing of the norm and no term of the sum.
+    assert shapes.count((5, 4)) <= 2 * blocks
+
+
+def test_pairs_are_those_of_the_gradient_through_dropout_loops_and_rectifiers():
+    def loss(leaves, x, seed):
+        first, bias, second = leaves
+        y = jax.nn.relu(jnp.exp(0.1 * x) @ first + bias)
+        y = jnp.where(jax.random.bernoulli(seed, 0.5, y.shape), 2.0 * y, 0.0)
+        y, _ = jax.lax.scan(lambda y, _: (jnp.sin(y) + y, None), y, None, length=3)
+        z = jax.jit(lambda y: jnp.tanh(jnp.cos(y) @ second))(jax.nn.silu(y) * y)
+        return (jnp.sum(z * x) + jnp.sum(jax.nn.softmax(y)[0] * bias),)
+
+    leaves, x, seed = list(_block_params(1)[0]), _table(9, (5, 4)), jax.random.key(3)
+    closed = jax.make_jaxpr(loss)(leaves, x, seed)
+    made = per_example.plan(closed.jaxpr, 3)
+    assert dict(made.rules) == {0: "matrix product", 2: "matrix product"}
+    found, full, _ = jax.jit(per_example.pairs(closed, made))(leaves, [x, seed])
+    want = jax.grad(lambda leaves: loss(leaves, x, seed)[0])(leaves)
+    (first, second), bias = [met.T @ dy for _, (met, dy) in sorted(found.items())], full[0]
+    for got, grad in zip((first, bias, second), want, strict=True):
+        assert np.allclose(got, grad, rtol=1e-5, atol=1e-6)
 
 
 def test_reads_outside_a_table_have_no_gradient():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from dpfa_jax import _primitives
-from dpfa_jax.per_example import rules
+from dpfa_jax.per_example import keep, rules
 from dpfa_jax.per_example.norms import not_below_0
 from dpfa_jax.per_example.plan import INLINE, REMAT, Path, Plan, equation_at, inner
 
@@ -30,41 +30,83 @@ def _is_float(value: Any) -> bool:
     return jnp.issubdtype(value.dtype, jnp.floating)
 
 
+def _is_literal(atom: Any) -> bool:
+    return isinstance(atom, core.Literal)
+
+
+def _read(values: dict[Any, Any], atom: Any) -> Any:
+    return atom.val if _is_literal(atom) else values[atom]
+
+
 class _Evaluation:
     """One evaluation of a jaxpr; `replace` says what stands in the places of the plan."""
 
-    def __init__(self, made: Plan, replace: _Replace, recompute: bool = True):
+    def __init__(
+        self,
+        made: Plan,
+        replace: _Replace,
+        recompute: bool = True,
+        parts: keep.Parts | None = None,
+    ):
         self.plan, self.replace, self.recompute = made, replace, recompute
+        self.parts = parts or keep.Parts({}, frozenset())
 
     def run(self, jaxpr: Any, constants: list[Any], inputs: list[Any], path: Any) -> list[Any]:
         values = dict(zip(jaxpr.constvars, constants, strict=True))
         values.update(zip(jaxpr.invars, inputs, strict=True))
-
-        def read(atom):
-            return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-        for number, equation in enumerate(jaxpr.eqns):
-            here, name = (*path, number), equation.primitive.name
-            operands = [read(atom) for atom in equation.invars]
-            held = any(isinstance(each, _Known) for each in operands)
-            inside = any(each[: len(here)] == here for each in self.plan.uses)
-            if here in self.plan.uses:
-                out = [self.replace(here, equation, operands)]
-            elif (inside or held) and name in (INLINE if self.recompute else INLINE | REMAT):
-                out = self.run(*inner(equation), operands, here)
-            elif inside:
-                out = self.remat(equation, operands, here)
-            elif held and name == "convert_element_type" and _is_float(equation.outvars[0].aval):
-                out = operands
+        whole = (keep.Part(tuple(range(len(jaxpr.eqns))), False),)
+        for part in self.parts.of.get(path, whole):
+            if part.is_light:
+                self.again(jaxpr, part, values, path)
             else:
-                with equation.ctx.manager:
-                    plain = [each.value if isinstance(each, _Known) else each for each in operands]
-                    out = rules.bind(equation, *plain)
-                out = out if equation.primitive.multiple_results else [out]
-                # All that takes a known parameter and is no place keeps its entries.
-                out = [_Known(each) if held and _is_float(each) else each for each in out]
-            values.update(zip(equation.outvars, out, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+                for number in part.numbers:
+                    self.step(jaxpr.eqns[number], values, (*path, number))
+        return [_read(values, atom) for atom in jaxpr.outvars]
+
+    def again(self, jaxpr: Any, part: keep.Part, values: dict[Any, Any], path: Any) -> None:
+        """Some equations whose light work is done again by a backward pass."""
+        lines = [jaxpr.eqns[number] for number in part.numbers]
+        made = {each for line in lines for each in line.outvars}
+        met = {each for line in lines for each in line.invars if not _is_literal(each)} - made
+        inside = set(part.numbers)
+        others = [line for number, line in enumerate(jaxpr.eqns) if number not in inside]
+        wanted = {each for line in others for each in line.invars if not _is_literal(each)}
+        wanted |= {each for each in jaxpr.outvars if not _is_literal(each)}
+        before = [each for each in values if each in met]
+        after = [each for line in lines for each in line.outvars if each in wanted]
+
+        def body(*given):
+            known = dict(zip(before, given, strict=True))
+            for number, line in zip(part.numbers, lines, strict=True):
+                self.step(line, known, (*path, number))
+            return [known[each] for each in after]
+
+        out = jax.checkpoint(body, policy=keep.is_kept)(*(values[each] for each in before))
+        values.update(zip(after, out, strict=True))
+
+    def step(self, equation: Any, values: dict[Any, Any], here: Path) -> None:
+        """One equation."""
+        name = equation.primitive.name
+        operands = [_read(values, atom) for atom in equation.invars]
+        held = any(isinstance(each, _Known) for each in operands)
+        inside = any(each[: len(here)] == here for each in self.plan.uses)
+        if here in self.plan.uses:
+            out = [self.replace(here, equation, operands)]
+        elif (inside or held) and name in (INLINE if self.recompute else INLINE | REMAT):
+            out = self.run(*inner(equation), operands, here)
+        elif inside:
+            out = self.remat(equation, operands, here)
+        elif held and name == "convert_element_type" and _is_float(equation.outvars[0].aval):
+            out = operands
+        else:
+            with equation.ctx.manager:
+                plain = [each.value if isinstance(each, _Known) else each for each in operands]
+                out = rules.bind(equation, *plain)
+            out = out if equation.primitive.multiple_results else [out]
+            out = [keep.marked(each) for each in out] if here in self.parts.sums else out
+            # All that takes a known parameter and is no place keeps its entries.
+            out = [_Known(each) if held and _is_float(each) else each for each in out]
+        values.update(zip(equation.outvars, out, strict=True))
 
     def remat(self, equation: Any, operands: list[Any], path: Any) -> list[Any]:
         """An equation of jax.checkpoint: what it recomputes is recomputed here."""
@@ -187,12 +229,14 @@ def pairs(
     Returns:
       (parameter leaves, other inputs) -> (for each place: what the parameter met, and the cotangent
       of what came out; gradients of the parameters without a rule, in order; the jaxpr's outputs).
-      What jax.checkpoint computes again is computed again, unless a look-up with a rule is in one.
+      What jax.checkpoint computes again is computed again, unless a look-up with a rule is in one;
+      outside, light work is (`keep.parts`).
 
-    Guarantee: CL6 (evaluate.md).
+    Guarantee: CL6 (evaluate.md), CL13 (keep.md).
     """
     full = sorted(made.reasons)
     recompute = not any(u.in_remat and u.rule == "look-up" for u in made.uses.values())
+    parts = keep.parts(closed.jaxpr, made)
 
     def taps_of(path, *anything):
         use, line = made.uses[path], equation_at(closed.jaxpr, path)
@@ -218,7 +262,7 @@ def pairs(
             inputs = [*params, *others]
             for number, leaf in zip(full, some, strict=True):
                 inputs[number] = leaf
-            evaluation = _Evaluation(made, replace, recompute)
+            evaluation = _Evaluation(made, replace, recompute, parts)
             out = evaluation.run(closed.jaxpr, list(closed.consts), inputs, ())
             return out[0], (read, out)
 
