@@ -167,6 +167,7 @@ def prepare(settings: Any, model: tuple, programs: Programs, data: Any, windows:
       data: the records, or their shape.
       windows: held-out windows of one look, or their shape.
     """
+    tx: Any
     seed, (params, logits) = jax.random.key(settings.seed), model
     sampler = make_sampler(settings, data.shape[0])
     draws = sampler.init(dp.random.fold_in(seed, 2))
@@ -205,7 +206,8 @@ def prepare(settings: Any, model: tuple, programs: Programs, data: Any, windows:
 
     def step(training, data):
         gradient, state = drawn(training.params, training.sampler, data)
-        return Training(*changed(training.params, training.opt_state, gradient), state)
+        params, opt_state = changed(training.params, training.opt_state, gradient)
+        return Training(params, opt_state, state)
 
     method = None if settings.epsilon is None else shapes.method
     return Run(

@@ -180,7 +180,7 @@ def train(
         flush=True,
     )
     watch, before = _common.Stopwatch(), float(notes["seconds"])
-    curve, timed = list(notes["curve"]), None
+    curve, timed, each = list(notes["curve"]), None, None
     size = run.sampler.expected_batch_size
     same = {"model": settings.api, "unit": settings.unit, "epsilon": settings.epsilon}
     for step in range(begin, run.steps):
@@ -222,9 +222,7 @@ def train(
         "noise_multiplier": run.noise_multiplier,
         "batch": size,
         "method": run.method,
-        "seconds_per_step": round((watch.seconds() - timed[1]) / max(run.steps - timed[0], 1), 4)
-        if timed
-        else None,
+        "seconds_per_step": each and round(each, 4),
         "records": len(text.records),
         "parameters": coordinates,
         "held_out_chunks": text.parts.shape[0] * text.parts.shape[1],
@@ -296,6 +294,7 @@ def main() -> None:
     if given.account or given.plot:
         if given.account:
             _lm_report.account(given.results, settings)
+            _lm_report.summarize(given.results, settings)
         if given.plot:
             _lm_report.plot(given.results, given.figures, settings)
         return
