@@ -91,7 +91,7 @@ class Settings:
     width: int = 384
     heads: int = 6
     windows_per_file: int = 8
-    microbatch: int = 320
+    microbatch: int = 256
     method: str = "auto"
     order: int = 5
     held_out: int = 512
