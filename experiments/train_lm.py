@@ -60,9 +60,9 @@ class Settings:
       clip_norm: of one unit's gradient of its mean loss; where `normalize` is given Adam undoes it.
       normalize: γ of automatic clipping, that of Bu et al. 2022: every gradient is about as long as
         the clip norm, which then need not be chosen. None clips.
-      learning_rate: of Adam at its peak, after a tenth of warm-up, then a cosine to 0. So large that
-        the walk of the noise, rate/2·√steps, is about 1/√width, as the first weights are: trials on
-        held-out files with widths 64 and 160 did best there.
+      learning_rate: of Adam at its peak, after a tenth of warm-up, then a cosine to 0. At this one
+        the noise moves a weight by rate/2·√steps, about the 1/√width of the first weights, which
+        did best in trials on held-out files with widths of 64 and 160.
       plain_learning_rate: of the run without privacy; nanoGPT's.
       layers, width, heads: nanoGPT's small character model has 6, 384, 6.
       windows_per_file: windows of a record where the unit is a file.
