@@ -1,6 +1,8 @@
 """A byte-level transformer of nanoGPT's size on this library's attention, in linen and in nnx.
 
 Attention carries no noise here: privacy comes from the optimizer, and the library is the backend.
+Embeddings are looked up in float32, so that their gradients, which thousands of equal bytes share,
+are added in float32 too: on GPUs sums of bfloat16 at one place are slow as well as inexact.
 """
 
 import dataclasses
@@ -17,7 +19,8 @@ import dpfa_jax as dp
 from dpfa_jax.linen import PrivateAttention
 from dpfa_jax.nnx import PrivateAttention as NnxAttention
 
-_SYMBOLS = 257  # bytes and the start
+_SYMBOLS = 256
+"""Bytes. Byte 0, which no text has, stands before the first one and for padding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,12 @@ class Size:
 def shifted(tokens: jax.Array) -> jax.Array:
     """What the model reads: the window one symbol later, padding as byte 0."""
     clean = jnp.maximum(tokens.astype(jnp.int32), 0)
-    start = jnp.full((*clean.shape[:-1], 1), _text.START, jnp.int32)
-    return jnp.concatenate([start, clean[..., :-1]], -1)
+    return jnp.concatenate([jnp.zeros_like(clean[..., :1]), clean[..., :-1]], -1)
+
+
+def scores(x: jax.Array, embedding: jax.Array) -> jax.Array:
+    """Logits in float32 of a tied embedding, multiplied in the dtype of x."""
+    return jnp.dot(x, embedding.astype(x.dtype).T).astype(jnp.float32)
 
 
 class LinenBlock(nn.Module):
@@ -62,12 +69,12 @@ class LinenModel(nn.Module):
     def __call__(self, tokens):
         size = self.size
         small = nn.initializers.normal(0.02)
-        embed = nn.Embed(_SYMBOLS, size.width, dtype=size.dtype, embedding_init=small)
+        embed = nn.Embed(_SYMBOLS, size.width, embedding_init=small)
         place = self.param("place", small, (_text.WIDTH, size.width), jnp.float32)
-        x = embed(shifted(tokens)) + place.astype(size.dtype)[: tokens.shape[-1]]
+        x = (embed(shifted(tokens)) + place[: tokens.shape[-1]]).astype(size.dtype)
         for _ in range(size.layers):
             x = LinenBlock(size)(x)
-        return embed.attend(nn.LayerNorm(dtype=size.dtype)(x)).astype(jnp.float32)
+        return scores(nn.LayerNorm(dtype=size.dtype)(x), embed.embedding)
 
 
 class NnxBlock(nnx.Module):
@@ -97,19 +104,18 @@ class NnxBlock(nnx.Module):
 class NnxModel(nnx.Module):
     def __init__(self, size: Size, rngs: nnx.Rngs):
         small = nnx.initializers.normal(0.02)
-        self.embed = nnx.Embed(
-            _SYMBOLS, size.width, dtype=size.dtype, embedding_init=small, rngs=rngs
-        )
+        self.dtype = size.dtype
+        self.embed = nnx.Embed(_SYMBOLS, size.width, embedding_init=small, rngs=rngs)
         self.place = nnx.Param(small(rngs.params(), (_text.WIDTH, size.width)))
         self.blocks = nnx.List([NnxBlock(size, rngs) for _ in range(size.layers)])
         self.after = nnx.LayerNorm(size.width, dtype=size.dtype, rngs=rngs)
 
     def __call__(self, tokens):
-        place = self.place[...].astype(self.embed.dtype)
-        x = self.embed(shifted(tokens)) + place[: tokens.shape[-1]]
+        place = self.place[: tokens.shape[-1]]
+        x = (self.embed(shifted(tokens)) + place).astype(self.dtype)
         for block in self.blocks:
             x = block(x)
-        return self.embed.attend(self.after(x)).astype(jnp.float32)
+        return scores(self.after(x), self.embed.embedding[...])
 
 
 def create(size: Size, rng: jax.Array, api: str) -> tuple[Any, Callable[[Any, jax.Array], Any]]:
@@ -137,10 +143,19 @@ def _refill(tree: Any, kind: Any) -> Any:
     return jax.tree.map(kind, tree)
 
 
+def record_nats(
+    logits: Callable[[Any, jax.Array], Any], params: Any, tokens: jax.Array
+) -> jax.Array:
+    """Mean −ln p of the bytes of each record of (records, windows, bytes), padding left out."""
+    windows = tokens.reshape(-1, tokens.shape[-1])
+    found, wanted = logits(params, windows), jnp.maximum(windows.astype(jnp.int32), 0)
+    # A sum over all symbols instead of a look-up: its derivative needs no scatter.
+    own = jnp.where(jnp.arange(found.shape[-1]) == wanted[..., None], found, 0.0)
+    losses = jax.nn.logsumexp(found, -1) - jnp.sum(own, -1)
+    losses, present = (x.reshape(len(tokens), -1) for x in (losses, windows >= 0))
+    return jnp.sum(jnp.where(present, losses, 0.0), -1) / jnp.maximum(jnp.sum(present, -1), 1)
+
+
 def nats(logits: Callable[[Any, jax.Array], Any], params: Any, tokens: jax.Array) -> jax.Array:
-    """Mean −ln p of the bytes of some windows, padding left out."""
-    guesses = jax.nn.log_softmax(logits(params, tokens))
-    wanted = jnp.maximum(tokens.astype(jnp.int32), 0)
-    losses = -jnp.take_along_axis(guesses, wanted[..., None], -1)[..., 0]
-    present = tokens >= 0
-    return jnp.sum(jnp.where(present, losses, 0.0)) / jnp.maximum(jnp.sum(present), 1)
+    """Mean −ln p of the bytes of one record's windows, padding left out."""
+    return record_nats(logits, params, tokens[None])[0]

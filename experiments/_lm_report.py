@@ -1,4 +1,4 @@
-"""What is said about finished runs of `train_lm`: ε by loss distributions, and the picture."""
+"""What is said about finished runs of `train_lm`: ε by loss distributions, a table, a picture."""
 
 import dataclasses
 import json
@@ -53,8 +53,43 @@ def account(folder: pathlib.Path, settings: Any) -> None:
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+_COLUMNS = (
+    *("model", "epsilon", "epsilon_pld", "noise_multiplier", "batch", "step"),
+    *("seconds_per_step", "bits_per_byte"),
+)
+
+
+def summarize(folder: pathlib.Path, settings: Any) -> None:
+    """Appends one line with the ends of the last runs of one commit, and prints it as a table."""
+    runs = last_runs(folder, settings)
+    commits = {line["commit"] for line in runs.values()}
+    if len(commits) != 1:
+        raise SystemExit(f"Expected runs of one commit, got {sorted(commits)}.")
+    ends = [line["metrics"][0] for line in runs.values()]
+    some = next(iter(runs.values()))
+    ends += [row for row in some["metrics"] if row["phase"] == "baseline"]
+    rows = [{name: end.get(name) for name in _COLUMNS} for end in ends]
+    rows.sort(key=lambda row: row["bits_per_byte"])
+    line = some | {"experiment": "train_lm_summary", "metrics": rows}
+    line["config"] = some["config"] | {"epsilon": None}
+    line["seconds"] = round(sum(each["seconds"] for each in runs.values()), 1)
+    with (folder / "train_lm_summary.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    print(f"<!-- results: train_lm_summary commit={line['commit']} -->")
+    print("| " + " | ".join(_COLUMNS) + " |\n|" + " --- |" * len(_COLUMNS))
+    for row in rows:
+        shown = [_cell(row[name]) for name in _COLUMNS]
+        print("| " + " | ".join([f"`{shown[0]}`", *shown[1:]]) + " |")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def plot(folder: pathlib.Path, figures: pathlib.Path, settings: Any) -> None:
-    """Draws bits per byte against steps for the last run of each ε."""
+    """Draws bits per byte against passes over the records for the last run of each ε."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,13 +101,14 @@ def plot(folder: pathlib.Path, figures: pathlib.Path, settings: Any) -> None:
         metrics = runs[epsilon]["metrics"]
         rows = [row for row in metrics if row["phase"] == "curve"]
         label = "without privacy" if epsilon is None else f"ε = {epsilon:g}"
-        axes.plot([r["step"] for r in rows], [r["bits_per_byte"] for r in rows], label=label)
+        passes = [row["windows"] / metrics[0]["records"] for row in rows]
+        axes.plot(passes, [row["bits_per_byte"] for row in rows], label=label)
         if epsilon is None:
             for row in metrics:
                 if row["phase"] == "baseline":
                     axes.axhline(row["bits_per_byte"], color="gray", linestyle=":")
                     axes.annotate(row["model"], (0, row["bits_per_byte"]), color="gray")
-    axes.set(xlabel="step", ylabel="bits per held-out byte")
+    axes.set(xlabel="passes over the records", ylabel="bits per held-out byte", xlim=(0, None))
     axes.set_title(f"unit: one {settings.unit}, δ = {settings.delta:g}")
     axes.legend()
     figures.mkdir(parents=True, exist_ok=True)

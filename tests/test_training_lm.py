@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -11,8 +13,22 @@ from tests.pins import ROOT
 from tests.test_experiments import _smoke
 
 
+def _without_times(line):
+    return [{key: row[key] for key in row if "seconds" not in key} for row in line["metrics"]]
+
+
 def test_train_lm_smoke_keeps_to_its_target_and_resumes_to_the_same_numbers(tmp_path):
-    line = _smoke("train_lm", tmp_path, "--epsilons", "2")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    line = _smoke("train_lm", whole, "--epsilons", "2", "--no-checkpoints")
+    command = (sys.executable, ROOT / "experiments" / "train_lm.py", "--smoke", "--results")
+    command += (tmp_path, "--epsilons", "2", "--minutes", "0")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "the same command goes on" in done.stdout, done.stderr
+    assert not (tmp_path / "train_lm.jsonl").exists()
+    resumed = _smoke("train_lm", tmp_path, "--epsilons", "2")
+    assert _without_times(resumed) == _without_times(line)
     final = line["metrics"][0]
     assert final["phase"] == "final" and final["epsilon"] == 2.0
     assert 0 < final["epsilon_pld"] < final["epsilon_rdp"] <= 2.0
