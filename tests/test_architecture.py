@@ -61,6 +61,7 @@ LAYERS = (
     "memory _flax",
     "linen nnx optim.account monitoring planning",
     "optim.plan optim.words",
+    "optim.shares",
     "optim.noise",
     "optim.accumulation",
     "optim",
