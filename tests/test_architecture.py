@@ -26,7 +26,8 @@ LAYERS = (
     "_primitives doubleword pallas.mosaic_gpu_registers",
     # layer 1, its packages from the inside out
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.partition"
-    " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks"
+    " clipping.packed accounting.event accounting.scope accounting.gdp accounting.rdp"
+    " pallas.tiling pallas.blocks"
     " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise",
     "pallas.accumulators",
     "pallas.mosaic_gpu_plan",

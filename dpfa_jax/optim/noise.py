@@ -32,6 +32,7 @@ def privatize(
     unit: str = "example",
     partition_specs: Any = None,
     shares: Any = None,
+    count_noise_std: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Noise for clipped sums, as the first transformation of an optax chain.
 
@@ -75,6 +76,9 @@ def privatize(
         noise away. A `key_data` of each shard's own (cut along the axis, uint32[8] a shard) is
         taken too; whoever has c of the S keys then takes c/S of the variance away, and against
         them noise_multiplier is √((S − c)/S) times what it is. Not inside `optim.accumulate`.
+      count_noise_std: for clip norms of `clipping.adapt_clip_norm`, the noise on the count that it
+        makes of each step's certificate, which is then charged with the step. Nobody can see here
+        that a clip norm was learned: without this ε lacks the counts.
 
     Returns:
       A transformation whose state is a `PrivateState`; read ε with `optim.epsilon`.
@@ -102,7 +106,7 @@ def privatize(
     sampler = _check_sampler(sampling)
     data = account.first_key_data(random.key_data(rng))
     goal = plan.Target.of(target)
-    plan.make(noise_multiplier, sampler, 1, goal)
+    plan.make(noise_multiplier, sampler, 1, goal, count_noise_std)
     _check.choice("unit", unit, ("example", "unit"))
     names = shares_lib.axes_of(shares)
 
@@ -111,7 +115,7 @@ def privatize(
         size = sum(math.prod(partition.whole_shape(jnp.shape(leaf), axes)) for leaf, axes in pairs)
         # Every share of the noise ends, so each of them is charged for its end.
         size = size * shares_lib.SHARDS if names else size
-        return plan.make(noise_multiplier, sampler, size, goal)
+        return plan.make(noise_multiplier, sampler, size, goal, count_noise_std)
 
     def init(params: Any) -> account.PrivateState:
         refuse_masked(params)
