@@ -125,6 +125,23 @@ def test_clip_norm_as_a_prefix_tree_clips_each_part_by_itself():
     assert [group.name.split("/")[-1] for group in got.groups] == order
 
 
+def test_traced_bounds_of_groups_are_added_up_as_numbers_are():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3), "c": jnp.ones(1)}
+    loss = lambda p, x: sum(jnp.sum(leaf) * x for leaf in p.values())  # noqa: E731
+
+    @jax.jit
+    def run(norms):
+        bounds = {"a": norms[0], "b": norms[1], "c": norms[2]}
+        made = clipping.clipped_grad(loss, clip_norm=bounds)(params, jnp.full(1, 1e15))
+        return made.clip_norm, made.tree
+
+    for scale in (1e-12, 1.0, 1e12):
+        joint, tree = run(jnp.array([3.0, 4.0, 12.0]) * scale)
+        assert 13.0 * scale <= float(joint) * (1 + 2**-22) <= 13.0 * scale * (1 + 2**-18)
+        for name, bound in (("a", 3.0), ("b", 4.0), ("c", 12.0)):
+            assert 0.999 * bound * scale <= common.length([tree[name]]) <= bound * scale
+
+
 def test_label_groups_clips_each_head_by_itself():
     loss, params, args = common.problem("language")
 

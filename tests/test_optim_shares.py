@@ -5,6 +5,7 @@ devices of tests/conftest.py.
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,25 @@ def test_a_sum_of_shares_does_not_depend_on_the_order_of_its_parts(devices):
         exact = sum(2**20 * np.asarray(whole, np.int64)[::-1]) + sum(np.asarray(parts))
         steps = (exact + 2**19) // 2**20
         np.testing.assert_array_equal(updates[name], np.float32(steps * step) / 16)
+
+
+def test_nothing_crosses_devices_but_integers_that_hold_noise():
+    tx = in_shares()
+    rows = on_each(PARAMS, 8)
+    text = mapped(tx, 8).lower(tx.init(PARAMS), rows).compile().as_text()
+    moved = re.findall(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all)", text)
+    kinds = {kind for each in moved for kind in re.findall(r"([a-z]+\d+)\[", each)}
+    assert moved and kinds == {"s32"}
+    # Negative control: a sum that is made before its noise is seen to cross as it is.
+    plain = in_shares(axes=None)
+
+    def step(state, own):
+        c = certificate(jax.tree.map(lambda leaf: leaf[0], own)).psum("data")
+        return plain.update(c.tree, state, clipped=c)[0]
+
+    run = jax.shard_map(step, mesh=mesh(8), in_specs=(SAME, ROWS), out_specs=SAME)
+    text = jax.jit(run).lower(plain.init(PARAMS), rows).compile().as_text()
+    assert re.search(r"= .*?f32\[.*? all-reduce", text)
 
 
 def test_to_steps_is_within_half_a_part():
