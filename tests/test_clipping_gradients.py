@@ -246,6 +246,17 @@ def test_rows_of_one_unit_share_one_clip():
     assert far.tree.tolist() == [0.0, 0.0]
 
 
+def test_contributions_leave_room_for_the_rounding_of_a_sum_as_long_as_theirs():
+    many = 20_000
+    rows = jnp.zeros((many, 2)).at[7].set(100.0)
+    by_row = jax.jit(clipping.clipped_grad(_line, clip_norm=1.0))(jnp.zeros(2), rows)
+    run = jax.jit(clipping.clipped_grad(_line, clip_norm=1.0, unit=many))
+    by_unit = run(jnp.zeros(2), rows[:8], unit_ids=jnp.arange(8))
+    for made in (by_row, by_unit):
+        assert abs(common.length([made.tree]) - clipping.shrinkage(many)) < 2**-12
+    assert clipping.shrinkage(many) < 0.99
+
+
 @pytest.mark.parametrize("size", [None, 1, 2])
 def test_aux_stays_with_its_row_or_is_summed_where_rows_count(size):
     rows = jnp.arange(5.0)[:, None]
