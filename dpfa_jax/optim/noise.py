@@ -72,10 +72,11 @@ def privatize(
       shares: None, or the mesh axes, by name, that the batch is split over: the noise is then added
         in shares, so that no device computes, holds or sends a sum of several shards without noise.
         Each shard draws for all parameters and sends two integers of 32 bits for each; the words
-        that come out depend on the number of shards, the charge does not. It is no secure aggregation: whoever has the state's key can take all the
-        noise away. A `key_data` of each shard's own (cut along the axis, uint32[8] a shard) is
-        taken too; whoever has c of the S keys then takes c/S of the variance away, and against
-        them noise_multiplier is √((S − c)/S) times what it is. Not inside `optim.accumulate`.
+        that come out depend on the number of shards, the charge does not. It is no secure
+        aggregation: whoever has the state's key can take all the noise away. A `key_data` of each
+        shard's own (cut along the axis, uint32[8] a shard) is taken too; whoever has c of the S
+        keys then takes c/S of the variance away, and against them noise_multiplier is √((S − c)/S)
+        times what it is. Not inside `optim.accumulate`.
       count_noise_std: for clip norms of `clipping.adapt_clip_norm`, the noise on the count that it
         makes of each step's certificate, which is then charged with the step. Nobody can see here
         that a clip norm was learned: without this ε lacks the counts.
