@@ -81,10 +81,12 @@ def test_privatize_takes_new_noise_for_every_step_and_leaf():
 def test_privatize_draws_the_radius_bits_that_it_charges():
     tx = private()
     state = tx.init(PARAMS)
-    updates, _ = _updated(tx, certificate(PARAMS), state)
-    _, own = random.split(random.wrap_key_data(state.key_data))
+    updates, after = _updated(tx, certificate(PARAMS), state)
+    following, own = random.split(random.wrap_key_data(state.key_data))
+    # What is kept is the key of the noise to come: it does not give away the noise that was used.
+    np.testing.assert_array_equal(after.key_data, random.key_data(following))
     key = random.fold_in(own, 2)  # two leaves, both small
-    bits = optim.event(_updated(tx, certificate(PARAMS), state)[1]).event.event.radius_bits
+    bits = optim.event(after).event.event.radius_bits
     normals = random.normal(key, (COORDINATES,), radius_bits=bits)
     expected = to_grid(2.0 * normals, grid_step(2.0)) / 16.0
     drawn = jnp.concatenate([updates["a"].ravel(), updates["b"]])
