@@ -52,13 +52,20 @@ def _floats(name: str, value: Any) -> jax.Array:
     return array.astype(jnp.float32)
 
 
-def gaussian(rng: jax.Array, value: jax.Array, *, noise_std: float) -> jax.Array:
+def gaussian(
+    rng: jax.Array,
+    value: jax.Array,
+    *,
+    noise_std: float,
+    radius_bits: int = random.RADIUS_BITS,
+) -> jax.Array:
     """The value plus independent normal noise, added in float32.
 
     Args:
       rng: one typed key, used for nothing else.
       value: float32, bfloat16 or float16; how far it may move is the caller's to bound.
       noise_std: standard deviation of the noise, in the unit of the value, > 0.
+      radius_bits: 40 or 64, where the noise ends, as in `random.normal`.
 
     Returns:
       float32 array of the value's shape. Cast it after this call, never the value before it.
@@ -67,7 +74,7 @@ def gaussian(rng: jax.Array, value: jax.Array, *, noise_std: float) -> jax.Array
       TypeError: for another dtype, or a noise_std that is not a static number.
       ValueError: for a noise_std that is not positive and finite.
 
-    Guarantee: N1 (mechanisms.md): Gaussian over the reals up to the cut-off at 7.45 noise_std; the
+    Guarantee: N1 (mechanisms.md): Gaussian over the reals up to its cut-off, 7.45 noise_std; the
       float32 bits of one release are NOT covered against somebody who compares two known values.
 
     Example:
@@ -78,7 +85,7 @@ def gaussian(rng: jax.Array, value: jax.Array, *, noise_std: float) -> jax.Array
     noise_std = _check.real("noise_std", noise_std, low=0, open_low=True)
     value = _floats("value", value)
     key = _own_key(rng, value)
-    return value + jnp.float32(noise_std) * random.normal(key, value.shape)
+    return value + jnp.float32(noise_std) * random.normal(key, value.shape, radius_bits=radius_bits)
 
 
 # 64-bit integers as two words -------------------------------------------------------------------

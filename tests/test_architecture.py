@@ -26,8 +26,14 @@ LAYERS = (
     "_primitives doubleword pallas.mosaic_gpu_registers",
     # layer 1, its packages from the inside out
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.partition"
+<<<<<<< HEAD
     " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks"
     " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise pallas.mosaic_gpu_products",
+=======
+    " clipping.packed accounting.event accounting.scope accounting.gdp accounting.rdp"
+    " pallas.tiling pallas.blocks"
+    " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise",
+>>>>>>> work-shares
     "pallas.accumulators",
     "pallas.mosaic_gpu_plan",
     "accounting.convert accounting.subsample auditing clipping.certificate"
@@ -61,6 +67,7 @@ LAYERS = (
     "memory _flax",
     "linen nnx optim.account monitoring planning",
     "optim.plan optim.words",
+    "optim.shares",
     "optim.noise",
     "optim.accumulation",
     "optim",

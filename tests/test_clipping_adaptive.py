@@ -35,9 +35,9 @@ def _adapt(rng, certificate, **changes):
 
 
 def test_threshold_event_is_what_one_unit_moves_the_count_by():
-    assert clipping.threshold_event(3.0) == accounting.Gaussian(6.0, coordinates=1)
-    assert clipping.threshold_event(3.0, REPLACE_ONE) == accounting.Gaussian(3.0, coordinates=1)
-    assert clipping.threshold_event(3.0, GROUP(4)) == accounting.Gaussian(1.5, coordinates=1)
+    assert clipping.threshold_event(3.0) == accounting.Gaussian(6.0, 1, 64)
+    assert clipping.threshold_event(3.0, REPLACE_ONE) == accounting.Gaussian(3.0, 1, 64)
+    assert clipping.threshold_event(3.0, GROUP(4)) == accounting.Gaussian(1.5, 1, 64)
     with pytest.raises(ValueError, match="SEQUENCE"):
         clipping.threshold_event(3.0, SEQUENCE)
     for bad in (0.0, -1.0, math.nan, math.inf):
@@ -81,7 +81,7 @@ def test_adapt_clip_norm_finds_the_quantile():
 def test_adapt_clip_norm_is_charged_where_it_is_called():
     spec = jax.ShapeDtypeStruct((), RNG.dtype)
     found = accounting.events(lambda rng: _adapt(rng, _certificate(5, 1)), spec)
-    assert found == accounting.Gaussian(2.0, coordinates=1)
+    assert found == accounting.Gaussian(2.0, 1, 64)
 
 
 def test_adapt_clip_norm_refuses_what_it_cannot_answer_for():

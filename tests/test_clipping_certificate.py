@@ -64,6 +64,21 @@ def test_psum_adds_trees_and_counts_and_not_clip_norms():
     assert float(got.sensitivity(ZERO_OUT)) == 0.5
 
 
+def test_psum_takes_the_largest_of_the_shards_traced_clip_norms():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def total(tree, norm):
+        one = jax.lax.pcast(jnp.int32(1), ("data",), to="varying")
+        made = clipping.Clipped(tree, one, one, one, traced_clip_norm=norm[0])
+        return made.psum("data").sensitivity(ZERO_OUT)
+
+    specs = ({"w": P("data")}, P("data"))
+    run = jax.jit(jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P()))
+    norms = jnp.linspace(0.1, 0.8, 8)
+    for shift in (0, 3, 7):
+        assert float(run({"w": jnp.ones(8)}, jnp.roll(norms, shift))) == float(norms[-1])
+
+
 def test_joint_clip_norm_is_the_root_of_the_sum_of_squares():
     assert clipping.joint_clip_norm([0.3]) == 0.3
     assert 5.0 <= clipping.joint_clip_norm([3.0, 4.0]) <= 5.0 * (1 + 2**-50)

@@ -125,6 +125,23 @@ def test_clip_norm_as_a_prefix_tree_clips_each_part_by_itself():
     assert [group.name.split("/")[-1] for group in got.groups] == order
 
 
+def test_traced_bounds_of_groups_are_added_up_as_numbers_are():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3), "c": jnp.ones(1)}
+    loss = lambda p, x: sum(jnp.sum(leaf) * x for leaf in p.values())  # noqa: E731
+
+    @jax.jit
+    def run(norms):
+        bounds = {"a": norms[0], "b": norms[1], "c": norms[2]}
+        made = clipping.clipped_grad(loss, clip_norm=bounds)(params, jnp.full(1, 1e15))
+        return made.clip_norm, made.tree
+
+    for scale in (1e-12, 1.0, 1e12):
+        joint, tree = run(jnp.array([3.0, 4.0, 12.0]) * scale)
+        assert 13.0 * scale <= float(joint) * (1 + 2**-22) <= 13.0 * scale * (1 + 2**-18)
+        for name, bound in (("a", 3.0), ("b", 4.0), ("c", 12.0)):
+            assert 0.999 * bound * scale <= common.length([tree[name]]) <= bound * scale
+
+
 def test_label_groups_clips_each_head_by_itself():
     loss, params, args = common.problem("language")
 
@@ -227,6 +244,17 @@ def test_rows_of_one_unit_share_one_clip():
         assert got.unit == "unit" and got.clip_norm == 1.0
     far = run(jnp.zeros(2), rows, unit_ids=jnp.full(6, 4), mask=jnp.ones(6, bool))
     assert far.tree.tolist() == [0.0, 0.0]
+
+
+def test_contributions_leave_room_for_the_rounding_of_a_sum_as_long_as_theirs():
+    many = 20_000
+    rows = jnp.zeros((many, 2)).at[7].set(100.0)
+    by_row = jax.jit(clipping.clipped_grad(_line, clip_norm=1.0))(jnp.zeros(2), rows)
+    run = jax.jit(clipping.clipped_grad(_line, clip_norm=1.0, unit=many))
+    by_unit = run(jnp.zeros(2), rows[:8], unit_ids=jnp.arange(8))
+    for made in (by_row, by_unit):
+        assert abs(common.length([made.tree]) - clipping.shrinkage(many)) < 2**-12
+    assert clipping.shrinkage(many) < 0.99
 
 
 @pytest.mark.parametrize("size", [None, 1, 2])

@@ -122,6 +122,14 @@ def test_clipped_grad_is_the_same_on_one_two_and_eight_devices():
         assert common.distance(got, [alone]) <= 2.0**-16 * common.length([alone])
 
 
+def test_contributions_leave_room_for_the_rounding_of_all_shards():
+    x = jnp.zeros((8 * 2500, 3)).at[7].set(100.0)
+    run = _sharded(_summed)
+    got = common.length([run(jnp.full((3, 2), 1e-5), x)])
+    assert abs(got - clipping.shrinkage(2500, 8)) < 2**-12
+    assert clipping.shrinkage(2500, 8) < clipping.shrinkage(2500) - 2**-8
+
+
 def test_certificate_counts_are_summed_over_shards():
     def counts(w, x):
         made = clipping.clipped_grad(_loss, clip_norm=1e-3)(w, x).psum("data")

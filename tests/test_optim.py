@@ -19,7 +19,7 @@ from dp_accounting.rdp import RdpAccountant
 from dpfa_jax import accounting, optim, random, sampling
 from dpfa_jax.accounting import convert, traced
 from dpfa_jax.doubleword import grid_step, to_grid
-from dpfa_jax.optim import plan
+from dpfa_jax.optim import account, plan
 from tests.optim_common import COORDINATES, PARAMS, SAMPLER, certificate, private, stepper
 
 ALARM = 1e-6
@@ -81,10 +81,12 @@ def test_privatize_takes_new_noise_for_every_step_and_leaf():
 def test_privatize_draws_the_radius_bits_that_it_charges():
     tx = private()
     state = tx.init(PARAMS)
-    updates, _ = _updated(tx, certificate(PARAMS), state)
-    _, own = random.split(random.wrap_key_data(state.key_data))
+    updates, after = _updated(tx, certificate(PARAMS), state)
+    following, own = random.split(random.wrap_key_data(state.key_data))
+    # What is kept is the key of the noise to come: it does not give away the noise that was used.
+    np.testing.assert_array_equal(after.key_data, random.key_data(following))
     key = random.fold_in(own, 2)  # two leaves, both small
-    bits = optim.event(_updated(tx, certificate(PARAMS), state)[1]).event.event.radius_bits
+    bits = optim.event(after).event.event.radius_bits
     normals = random.normal(key, (COORDINATES,), radius_bits=bits)
     expected = to_grid(2.0 * normals, grid_step(2.0)) / 16.0
     drawn = jnp.concatenate([updates["a"].ravel(), updates["b"]])
@@ -250,6 +252,45 @@ def test_schedule_of_truncated_samples_pays_for_their_truncation():
     assert found[tight] > 1.05 * found[SAMPLER]
     with pytest.raises(NotImplementedError, match="WithoutReplacement"):
         private(optax.constant_schedule(2.0), sampler=FIXED)
+
+
+def _spent(made, most=200):
+    """(account, steps) of a plan that is spent until it stops, at most that many steps."""
+    spend, ledger = jax.jit(made.spend), made.create()
+    for count in range(most):
+        ledger, go, _ = spend(ledger)
+        if not go:
+            return ledger, count
+    return ledger, most
+
+
+def test_schedule_charges_the_end_of_the_noise_of_every_parameter():
+    constant, many = optax.constant_schedule(2.0), 10**30
+    found = {}
+    for coordinates in (1, many):
+        ledger, _ = _spent(plan.make(constant, SAMPLER, coordinates, None), 1)
+        found[coordinates] = ledger.epsilon(DELTA)
+        assert found[coordinates] >= accounting.epsilon(SAMPLER.event(2.0, coordinates, 64), DELTA)
+    assert found[many] > 1.01 * found[1]
+
+
+def test_schedule_stops_where_the_end_of_the_noise_or_truncation_has_spent_its_share():
+    constant, target = optax.constant_schedule(4.0), plan.Target(4.0, DELTA)
+    # Of 10¹⁵ scalars the factor (1 − 2⁻⁶⁴)^(−K) is e^(5.42e-5) a step and may be e^(1/128); at a
+    # smaller δ it is the flux, 1.6e-13 of δ/128, that is spent first.
+    cases = ((1, DELTA, 200), (10**15, DELTA, 144), (10**15, 1e-10, 4))
+    for coordinates, delta, allowed in cases:
+        made = plan.make(constant, SAMPLER, coordinates, plan.Target(4.0, delta))
+        ledger, steps = _spent(made)
+        assert steps == allowed and ledger.epsilon(delta) <= 4.0
+    for room in range(40, 80):
+        tight = sampling.TruncatedPoisson(128, 0.125, room)
+        lost = (1 + math.exp(4.0)) * account.truncation(tight)
+        if lost < DELTA / 200:
+            break
+    assert DELTA / 128 < 200 * lost, "the capacity is too roomy to tell"
+    ledger, steps = _spent(plan.make(constant, tight, 1, target))
+    assert steps == math.floor(DELTA / 128 / lost) and ledger.epsilon(DELTA) <= 4.0
 
 
 def test_schedule_that_gives_no_multiplier_poisons_and_costs_infinity():

@@ -12,6 +12,8 @@ from dpfa_jax.clipping.gradients import explain as explain
 from dpfa_jax.clipping.groups import Groups as Groups
 from dpfa_jax.clipping.groups import label_groups as label_groups
 from dpfa_jax.clipping.groups import per_layer as per_layer
+from dpfa_jax.clipping.packed import Unpacked as Unpacked
+from dpfa_jax.clipping.packed import unpack as unpack
 from dpfa_jax.clipping.partition import gather as gather
 from dpfa_jax.clipping.rows import clip_rows as clip_rows
 from dpfa_jax.clipping.rows import finite_rows as finite_rows

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpfa_jax import _check, _primitives, doubleword, mechanisms
+from dpfa_jax import _check, _primitives, doubleword, mechanisms, random
 from dpfa_jax.accounting import event
 from dpfa_jax.adjacency import ZERO_OUT, Adjacency
 from dpfa_jax.clipping.certificate import Clipped
@@ -20,7 +20,8 @@ def threshold_event(count_noise_std: float, adjacency: Adjacency = ZERO_OUT) -> 
 
     Each unit moves the count by ½ (there or NULL), by 1 if replaced. The count and the clipped sum
     are of the same sample, so they are one Gaussian release: `calibrate.adaptive_clip_split` says
-    how much noise is left for the gradients.
+    how much noise is left for the gradients, and `optim.privatize(count_noise_std=...)` charges
+    both.
 
     Args:
       count_noise_std: standard deviation of the noise on the count, > 0.
@@ -42,7 +43,7 @@ def threshold_event(count_noise_std: float, adjacency: Adjacency = ZERO_OUT) -> 
     if adjacency.kind == "SEQUENCE":
         raise ValueError("Expected adjacency ZERO_OUT, REPLACE_ONE or GROUP(rows), got SEQUENCE.")
     moved = 1.0 if adjacency.kind == "REPLACE_ONE" else 0.5 * adjacency.rows
-    return event.Gaussian(std / moved, coordinates=1)
+    return event.Gaussian(std / moved, 1, random.WIDE_RADIUS_BITS)
 
 
 def adapt_clip_norm(
@@ -58,6 +59,9 @@ def adapt_clip_norm(
     adjacency: Adjacency = ZERO_OUT,
 ) -> jax.Array:
     """The clip norm for the next step: C·exp(−η·(b − γ)), b the noisy share of unclipped units.
+
+    Tell the transformation of it, `optim.privatize(count_noise_std=...)`: its account sees the
+    gradients alone, and ε would be too small.
 
     Args:
       rng: one typed key, used for nothing else.
@@ -92,7 +96,9 @@ def adapt_clip_norm(
     # Σ (bᵢ − ½): with the share ½ taken off, how many units there were moves nothing.
     unclipped = clipped.examples - clipped.clipped - clipped.nonfinite
     count = unclipped.astype(jnp.float32) - 0.5 * clipped.examples.astype(jnp.float32)
-    noisy = mechanisms.gaussian(rng, count, noise_std=count_noise_std)
+    noisy = mechanisms.gaussian(
+        rng, count, noise_std=count_noise_std, radius_bits=charged.radius_bits
+    )
     noisy = doubleword.to_grid(noisy, doubleword.grid_step(count_noise_std))
     noisy = _primitives.private_release(noisy, charged)
     share = noisy / size + 0.5

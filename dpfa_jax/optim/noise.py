@@ -5,6 +5,7 @@ of noise_multiplier times its sensitivity under the sampler's adjacency, divided
 and the state that leaves with it counts that release.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from dpfa_jax import _check, _primitives, random, sampling
 from dpfa_jax.clipping import Clipped, partition
 from dpfa_jax.doubleword import grid_step, to_grid
 from dpfa_jax.optim import account, plan, words
+from dpfa_jax.optim import shares as shares_lib
 
 _GRID_BITS = 10
 
@@ -29,6 +31,8 @@ def privatize(
     target: tuple[float, float] | None = None,
     unit: str = "example",
     partition_specs: Any = None,
+    shares: Any = None,
+    count_noise_std: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Noise for clipped sums, as the first transformation of an optax chain.
 
@@ -42,6 +46,8 @@ def privatize(
     all devices then add the same noise. Where parameters are in parts on the shards of a manual
     mesh, give `partition_specs` here, to `clipping.gather` and to `c.psum`: every shard then adds
     the part of that noise that belongs to its parameters. Under plain jit any sharding is right.
+    With `shares` it is the other way round: the certificate must *not* be summed, every shard adds
+    its share of the noise to its own sum, and the transformation adds the shards up.
 
     Do not wrap it: `optax.MultiSteps`, `apply_if_finite`, `conditionally_transform` and `masked`
     around it are refused where tracing shows them (use `optim.accumulate`; mask what comes after).
@@ -63,6 +69,17 @@ def privatize(
       partition_specs: a prefix tree of the parameters with PartitionSpecs, those that they have in
         the in_specs of `shard_map`; None: whole on every shard. Outside `shard_map` they change
         nothing.
+      shares: None, or the mesh axes, by name, that the batch is split over: the noise is then added
+        in shares, so that no device computes, holds or sends a sum of several shards without noise.
+        Each shard draws for all parameters and sends two integers of 32 bits for each; the words
+        that come out depend on the number of shards, the charge does not. It is no secure
+        aggregation: whoever has the state's key can take all the noise away. A `key_data` of each
+        shard's own (cut along the axis, uint32[8] a shard) is taken too; whoever has c of the S
+        keys then takes c/S of the variance away, and against them noise_multiplier is √((S − c)/S)
+        times what it is. Not inside `optim.accumulate`.
+      count_noise_std: for clip norms of `clipping.adapt_clip_norm`, the noise on the count that it
+        makes of each step's certificate, which is then charged with the step. Nobody can see here
+        that a clip norm was learned: without this ε lacks the counts.
 
     Returns:
       A transformation whose state is a `PrivateState`; read ε with `optim.epsilon`.
@@ -72,7 +89,7 @@ def privatize(
       ValueError: for NaN or numbers out of range, here or, for what depends on the parameters, in
         `init` and `update`.
 
-    Guarantee: O1, O5 (plan.md), O2 (account.md), O3 (noise.md), O6 (words.md).
+    Guarantee: O1, O5 (plan.md), O2 (account.md), O3 (noise.md), O6 (words.md), O7 (shares.md).
 
     Example:
       >>> from dpfa_jax import clipping
@@ -90,13 +107,16 @@ def privatize(
     sampler = _check_sampler(sampling)
     data = account.first_key_data(random.key_data(rng))
     goal = plan.Target.of(target)
-    plan.make(noise_multiplier, sampler, 1, goal)
+    plan.make(noise_multiplier, sampler, 1, goal, count_noise_std)
     _check.choice("unit", unit, ("example", "unit"))
+    names = shares_lib.axes_of(shares)
 
     def plan_for(tree: Any, split: tuple[partition.Axes, ...]) -> plan.Plan:
         pairs = zip(jax.tree.leaves(tree), split, strict=True)
         size = sum(math.prod(partition.whole_shape(jnp.shape(leaf), axes)) for leaf, axes in pairs)
-        return plan.make(noise_multiplier, sampler, size, goal)
+        # Every share of the noise ends, so each of them is charged for its end.
+        size = size * shares_lib.SHARDS if names else size
+        return plan.make(noise_multiplier, sampler, size, goal, count_noise_std)
 
     def init(params: Any) -> account.PrivateState:
         refuse_masked(params)
@@ -115,7 +135,7 @@ def privatize(
         **extra_args: Any,
     ) -> tuple[Any, account.PrivateState]:
         del extra_args
-        certificate = check_certificate(updates, clipped)
+        certificate = check_certificate(updates, clipped, names)
         if certificate.unit != unit:
             raise ValueError(
                 f"Expected a certificate whose contributions are clipped by {unit}, got one by "
@@ -123,14 +143,25 @@ def privatize(
                 'privatize(unit="unit"), or clip every row by itself.'
             )
         split = partition.split_axes(updates, partition_specs)
-        _check_split(certificate, split, params)
-        _check_state(state)
-        own = plan_for(updates, split)
+        whole = tuple(((),) * len(axes) for axes in split)
+        given = whole if certificate.split is None else certificate.split
+        if not names:
+            _check_split(given, split)
+        if params is not None and certificate.split is not None:
+            _check_parts(params, certificate.tree)
+        _check_state(state, names)
+        own = plan_for(updates, given)
         accountant, go, multiplier = own.spend(state.accountant)
         same = jnp.all(jnp.asarray(state.plan) == account.plan_of(state.accountant))
         following, key = _next_keys(state.key_data)
+        if names and not (isinstance(multiplier, float) and multiplier == 0.0):
+            units = (certificate.units or 0) * jax.lax.axis_size(names)
+            coordinates = own.coordinates // shares_lib.SHARDS
+            multiplier = shares_lib.enlarged(multiplier, coordinates, units)
         noise_std = multiplier * certificate.sensitivity(sampler.adjacency)
-        noisy = add_noise(updates, key, noise_std, own.event, split)
+        noisy = add_noise(updates, key, noise_std, own.event, split, names)
+        if names and params is not None and partition_specs is not None:
+            _check_parts(params, noisy)
         inverse = 1.0 / sampler.expected_batch_size
 
         def finish(leaf):
@@ -170,15 +201,16 @@ def refuse_masked(tree: Any) -> None:
         )
 
 
-def check_certificate(updates: Any, clipped: Any) -> Clipped:
+def check_certificate(updates: Any, clipped: Any, names: tuple[str, ...] = ()) -> Clipped:
     """The certificate, if the updates are its sum and nothing else.
 
     Args:
       updates: what the transformation was given.
       clipped: what it was given as `clipped=`.
+      names: mesh axes whose shards have sums of their own, which are added later.
 
     Returns:
-      The certificate.
+      The certificate, its clip norm the largest of those shards'.
 
     Raises:
       TypeError: if there is no certificate, or a leaf is not float32.
@@ -213,12 +245,19 @@ def check_certificate(updates: Any, clipped: Any) -> Clipped:
                 "conditionally_transform, lax.cond) or a loop would take its account and its key "
                 "back or add the same noise again. Pass it as an argument, and privatize outside."
             )
-    _check_mesh(clipped)
-    return clipped
+    if names:
+        shares_lib.check_unsummed(clipped, names)
+    _check_mesh(clipped, names)
+    norm = clipped.traced_clip_norm
+    over = tuple(name for name in names if norm is not None and name in _primitives.varying(norm))
+    if not over:
+        return clipped
+    # A maximum may lose a NaN; the sum of the shard that has it is NaN, and poisons the step.
+    return dataclasses.replace(clipped, traced_clip_norm=jax.lax.pmax(norm, over))
 
 
-def _check_mesh(clipped: Clipped) -> None:
-    """An error unless every shard has the sum over all shards, or its part of it."""
+def _check_mesh(clipped: Clipped, names: tuple[str, ...]) -> None:
+    """An error unless every shard has the sum over all shards but `names`, or its part of it."""
     leaves = jax.tree.leaves(clipped.tree)
     split = clipped.split or tuple(((),) * leaf.ndim for leaf in leaves)
     norm = clipped.traced_clip_norm
@@ -232,29 +271,30 @@ def _check_mesh(clipped: Clipped) -> None:
                 "shards. Use check_vma=True, the default, or call update outside of it."
             )
         for value, cut in values:
-            if name in _primitives.varying(value) and name not in cut:
+            if name in _primitives.varying(value) and name not in cut and name not in names:
                 raise ValueError(
                     f"Expected a sum over all shards, got one that differs along {name!r}. Call "
                     f"c = c.psum({name!r}) first. Parameters that are in parts along it need their "
                     "PartitionSpecs: c.psum(axis, partition_specs) and "
                     "privatize(partition_specs=...)."
                 )
-    for leaf, axes in zip(leaves, split, strict=True):
+    for leaf, axes in () if names else zip(leaves, split, strict=True):
         partition.check_parts(leaf, axes)
 
 
-def _check_split(clipped: Clipped, split: tuple[partition.Axes, ...], params: Any) -> None:
-    """An error unless the sum is cut as the transformation was told, and as the parameters are."""
-    whole = tuple(((),) * len(axes) for axes in split)
-    if split != (whole if clipped.split is None else clipped.split):
+def _check_split(given: tuple[partition.Axes, ...], split: tuple[partition.Axes, ...]) -> None:
+    """An error unless the sum is cut as the transformation was told."""
+    if split != given:
         raise ValueError(
             f"Expected a sum that is cut along the mesh axes {split}, a tuple for each leaf, as "
-            f"the partition_specs of privatize say, got {clipped.split}. Give the same specs to "
+            f"the partition_specs of privatize say, got {given}. Give the same specs to "
             "c.psum(axis, partition_specs) and to privatize."
         )
-    if params is None or clipped.split is None:
-        return
-    for own, part in zip(jax.tree.leaves(params), jax.tree.leaves(clipped.tree), strict=True):
+
+
+def _check_parts(params: Any, tree: Any) -> None:
+    """An error unless the sum is cut as the parameters are."""
+    for own, part in zip(jax.tree.leaves(params), jax.tree.leaves(tree), strict=True):
         given, expected = (jnp.shape(own), _primitives.varying(own)), _primitives.varying(part)
         if given != (part.shape, expected):
             raise ValueError(
@@ -264,15 +304,16 @@ def _check_split(clipped: Clipped, split: tuple[partition.Axes, ...], params: An
             )
 
 
-def _check_state(state: Any) -> None:
+def _check_state(state: Any, names: tuple[str, ...]) -> None:
     if not isinstance(state, account.PrivateState):
         raise TypeError(f"Expected state to be a PrivateState, got {type(state).__name__}.")
     data = jnp.asarray(state.key_data)
-    if _primitives.varying(data):
+    differs = _primitives.varying(data) - set(names)
+    if differs:
         raise ValueError(
-            f"Expected one key for all shards, got one that differs along "
-            f"{sorted(_primitives.varying(data))}: each shard would publish the same sum with "
-            "noise of its own. Give the state the in_specs PartitionSpec()."
+            f"Expected one key for all shards, got one that differs along {sorted(differs)}: each "
+            "shard would publish the same sum with noise of its own. Give the state the in_specs "
+            "PartitionSpec()."
         )
     _primitives.refuse_constant(
         data, "Pass the optimizer state as an argument (or carry it through the scan)."
@@ -291,6 +332,7 @@ def add_noise(
     noise_std: Any,
     event: Any,
     split: tuple[partition.Axes, ...] | None = None,
+    names: tuple[str, ...] = (),
 ) -> Any:
     """The float32 tree plus independent normals, on a public grid, marked as one release.
 
@@ -300,11 +342,13 @@ def add_noise(
       noise_std: of every scalar: a float ≥ 0 (0: none is added), or a traced float32 scalar.
       event: what the release is charged as.
       split: of `partition.split_axes` where the leaves are parts; None: they are whole.
+      names: mesh axes whose shards have sums of their own and add a share each; the result is the
+        sum over them, in parts as `split` says.
 
     Returns:
       The noisy tree.
 
-    Guarantee: O3 (noise.md).
+    Guarantee: O3 (noise.md), O7 (shares.md).
     """
     leaves, structure = jax.tree.flatten(tree)
     if not leaves:
@@ -313,9 +357,13 @@ def add_noise(
     data = _primitives.stream_key_p.bind(data, *jax.lax.stop_gradient(tuple(leaves)))
     std, step = _noise_scale(noise_std)
     noisy = leaves
-    if std is not None:
-        whole = tuple(((),) * leaf.ndim for leaf in leaves)
-        normals = words.normals(data, [leaf.shape for leaf in leaves], split or whole)
+    split = split or tuple(((),) * leaf.ndim for leaf in leaves)
+    if names and std is None:
+        noisy = partition.sum_parts(leaves, names, split)
+    elif names:
+        noisy = shares_lib.noisy_sum(leaves, data, std, step, names, split)
+    elif std is not None:
+        normals = words.normals(data, [leaf.shape for leaf in leaves], split)
         noisy = [to_grid(a + std * b, step) for a, b in zip(leaves, normals, strict=True)]
     # The tree is one release on all shards: marking every leaf would charge it again for each.
     largest = max(range(len(noisy)), key=lambda index: noisy[index].size)

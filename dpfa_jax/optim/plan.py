@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpfa_jax import _check, accounting, random, sampling
+from dpfa_jax import _check, accounting, clipping, random, sampling
 from dpfa_jax.accounting import filters, traced
 from dpfa_jax.accounting import state as counts
 from dpfa_jax.optim import account
@@ -112,6 +112,7 @@ class Fixed:
       sampling: the sampler.
       coordinates: parameters, each of which is released with noise.
       target: or None.
+      count_noise_std: of the count of each step that moves the clip norm, or None.
 
     Guarantee: O1 (plan.md).
     """
@@ -120,11 +121,17 @@ class Fixed:
     sampling: sampling.Sampler
     coordinates: int
     target: Target | None
+    count_noise_std: float | None = None
 
     @property
     def event(self) -> accounting.Event:
-        """What a step is charged as."""
-        return self.sampling.event(self.noise_multiplier, self.coordinates, RADIUS_BITS)
+        """What a step is charged as, with its count where there is one."""
+        if self.count_noise_std is None or self.noise_multiplier == 0.0:
+            return self.sampling.event(self.noise_multiplier, self.coordinates, RADIUS_BITS)
+        count = clipping.threshold_event(self.count_noise_std, self.sampling.adjacency)
+        moved = math.hypot(1.0 / self.noise_multiplier, 1.0 / count.noise_multiplier)
+        together = (1.0 - 2.0**-50) / moved
+        return self.sampling.event(together, self.coordinates + 1, RADIUS_BITS)
 
     def create(self) -> accounting.Ledger:
         """The account before the first step."""
@@ -342,7 +349,11 @@ type Plan = Fixed | Scheduled
 
 
 def make(
-    noise_multiplier: Any, sampler: sampling.Sampler, coordinates: int, target: Target | None
+    noise_multiplier: Any,
+    sampler: sampling.Sampler,
+    coordinates: int,
+    target: Target | None,
+    count_noise_std: float | None = None,
 ) -> Plan:
     """The plan of a run.
 
@@ -351,17 +362,24 @@ def make(
       sampler: one of `sampling`.
       coordinates: parameters of the model.
       target: or None.
+      count_noise_std: of the count of each step, > 0; or None.
 
     Returns:
       A plan whose steps are charged as they are noised.
 
     Raises:
       TypeError, ValueError: for a number that is none, NaN or negative.
-      NotImplementedError: for a schedule with samples of a fixed size.
+      NotImplementedError: for a schedule with samples of a fixed size, or with a count.
     """
+    if count_noise_std is not None:
+        count_noise_std = _check.real("count_noise_std", count_noise_std, low=0, open_low=True)
     if not callable(noise_multiplier):
         multiplier = _check.real("noise_multiplier", noise_multiplier, low=0)
-        return Fixed(multiplier, sampler, coordinates, target)
+        return Fixed(multiplier, sampler, coordinates, target, count_noise_std)
+    if count_noise_std is not None:
+        raise NotImplementedError(
+            "count_noise_std is charged beside a constant noise_multiplier only, got a schedule."
+        )
     if isinstance(sampler, sampling.WithoutReplacement):
         raise NotImplementedError(
             "A noise schedule is charged for Poisson samples only; WithoutReplacement takes a "
