@@ -26,14 +26,9 @@ LAYERS = (
     "_primitives doubleword pallas.mosaic_gpu_registers",
     # layer 1, its packages from the inside out
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.partition"
-<<<<<<< HEAD
-    " accounting.event accounting.scope accounting.gdp accounting.rdp pallas.tiling pallas.blocks"
-    " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise pallas.mosaic_gpu_products",
-=======
     " clipping.packed accounting.event accounting.scope accounting.gdp accounting.rdp"
     " pallas.tiling pallas.blocks"
-    " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise",
->>>>>>> work-shares
+    " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise pallas.mosaic_gpu_products",
     "pallas.accumulators",
     "pallas.mosaic_gpu_plan",
     "accounting.convert accounting.subsample auditing clipping.certificate"

@@ -1,4 +1,4 @@
-"""Which statement do packed rows keep true? CL13: segments are apart before the loss sees them."""
+"""Which statement do packed rows keep true? CL14: segments are apart before the loss sees them."""
 
 import functools
 import math

@@ -49,7 +49,7 @@ def unpack(rows: Any, segment_ids: jax.Array, *, segments: int, length: int) -> 
       TypeError: for segment ids that are no integers.
       ValueError: for shapes that do not agree, or numbers out of range.
 
-    Guarantee: CL13 (packed.md).
+    Guarantee: CL14 (packed.md).
 
     Example:
       >>> made = unpack(
