@@ -264,6 +264,17 @@ def _spent(made, most=200):
     return ledger, most
 
 
+def test_schedule_pays_for_the_truncation_of_every_step():
+    tight, steps, delta = sampling.TruncatedPoisson(128, 0.125, 31), 8, 4e-3
+    ledger, _ = _spent(plan.make(optax.constant_schedule(2.0), tight, COORDINATES, None), steps)
+    charged = accounting.epsilon(
+        accounting.Repeated(tight.event(2.0, COORDINATES, 64), steps), delta
+    )
+    whole = accounting.epsilon(accounting.Repeated(SAMPLER.event(2.0, 17, 64), steps), delta)
+    assert whole * 1.1 < charged <= ledger.epsilon(delta) < 1.01 * charged
+    assert charged <= float(ledger.traced_epsilon(delta)) < 1.5 * charged
+
+
 def test_schedule_charges_the_end_of_the_noise_of_every_parameter():
     constant, many = optax.constant_schedule(2.0), 10**30
     found = {}
