@@ -19,7 +19,7 @@ from dp_accounting.rdp import RdpAccountant
 from dpfa_jax import accounting, optim, random, sampling
 from dpfa_jax.accounting import convert, traced
 from dpfa_jax.doubleword import grid_step, to_grid
-from dpfa_jax.optim import account, plan
+from dpfa_jax.optim import account, noise, plan
 from tests.optim_common import COORDINATES, PARAMS, SAMPLER, certificate, private, stepper
 
 ALARM = 1e-6
@@ -62,6 +62,18 @@ def test_privatize_adds_the_noise_of_its_multiplier(sampler, clip_norm, std):
     assert abs(noise.mean()) < 5.2 * std / math.sqrt(noise.size)  # 2Φ(−5.2) = 2e-7
     grid = 2.0 ** math.floor(math.log2(std) - 10)
     assert np.all(noise / grid == np.round(noise / grid)), "off the public grid"
+
+
+def test_noise_is_never_rounded_below_what_is_charged():
+    source = np.random.default_rng(0)
+    numbers = 10.0 ** source.uniform(-9, 9, 100)
+    for value in numbers:
+        std, step = noise._noise_scale(float(value))
+        assert value <= float(std) <= value * (1 + 2**-23) and step == grid_step(float(std))
+    multipliers, norms = np.float32(numbers), np.float32(numbers[::-1])
+    stds, _ = jax.jit(jax.vmap(lambda z, c: noise._noise_scale(z * c)))(multipliers, norms)
+    exact = np.float64(multipliers) * np.float64(norms)
+    assert np.all(exact <= np.asarray(stds)) and np.all(np.asarray(stds) <= exact * (1 + 2**-21))
 
 
 def test_privatize_takes_new_noise_for_every_step_and_leaf():
@@ -264,6 +276,17 @@ def _spent(made, most=200):
     return ledger, most
 
 
+def test_schedule_pays_for_the_truncation_of_every_step():
+    tight, steps, delta = sampling.TruncatedPoisson(128, 0.125, 31), 8, 4e-3
+    ledger, _ = _spent(plan.make(optax.constant_schedule(2.0), tight, COORDINATES, None), steps)
+    charged = accounting.epsilon(
+        accounting.Repeated(tight.event(2.0, COORDINATES, 64), steps), delta
+    )
+    whole = accounting.epsilon(accounting.Repeated(SAMPLER.event(2.0, 17, 64), steps), delta)
+    assert whole * 1.1 < charged <= ledger.epsilon(delta) < 1.01 * charged
+    assert charged <= float(ledger.traced_epsilon(delta)) < 1.5 * charged
+
+
 def test_schedule_charges_the_end_of_the_noise_of_every_parameter():
     constant, many = optax.constant_schedule(2.0), 10**30
     found = {}
@@ -342,6 +365,10 @@ def test_state_of_another_configuration_is_found_out():
     c = certificate(PARAMS)
     with pytest.raises(ValueError, match="another sampler, noise multiplier or model"):
         other.update(c.tree, state, clipped=c)
+    constant, elsewhere = optax.constant_schedule(2.0), sampling.Poisson(128, 0.25)
+    scheduled = private(constant).init(PARAMS)
+    with pytest.raises(ValueError, match="account of a schedule with"):
+        private(constant, sampler=elsewhere).update(c.tree, scheduled, clipped=c)
     # A checkpoint keeps arrays: restored into another structure it would be charged as another.
     leaves = jax.tree.leaves(state)
     restored = jax.tree.unflatten(jax.tree.structure(other.init(PARAMS)), leaves)
