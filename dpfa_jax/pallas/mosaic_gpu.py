@@ -110,9 +110,12 @@ def _offsets(operands: Operands, spec: Spec, shift: int, block_k: int):
     return operands._replace(mask=mask), jnp.pad(level, widths, constant_values=-jnp.inf)
 
 
-def _aligned(array):
-    """Rows padded to a multiple of 8, columns to 32 bytes: what the copies into tiles need."""
-    rows, columns = -array.shape[1] % 8, -array.shape[3] % (32 // array.dtype.itemsize)
+def _aligned(array, width: int | None = None):
+    """Rows padded to a multiple of 8, columns to 32 bytes or to `width`: what copies into tiles need."""
+    rows = -array.shape[1] % 8
+    columns = -array.shape[3] % (32 // array.dtype.itemsize)
+    if width is not None:
+        columns = width - array.shape[3]
     if not rows and not columns:
         return array
     return jnp.pad(array, ((0, 0), (0, rows), (0, 0), (0, columns)))
@@ -142,15 +145,19 @@ def _cut(operands: Operands, spec: Spec) -> Shape:
     return Shape()
 
 
-def _plan(operands: Operands, spec: Spec, shape: Shape) -> tuple[Plan, dict]:
-    """What is static, and the arrays that a kernel reads, by name."""
+def _plan(
+    operands: Operands, spec: Spec, shape: Shape, *, converts: bool = False
+) -> tuple[Plan, dict]:
+    """What is static, and the arrays that a kernel reads, by name; it may round queries itself."""
     shift = 15 if operands.key.dtype == jnp.float16 else 0
     operands, offsets = _offsets(operands, spec, shift, shape.block_k)
     query, key, value = operands[:3]
     dtype = jnp.dtype(key.dtype)
+    converts = converts and spec.float8_scores
     if spec.float8_scores:
-        query, key = float8.rounded(query), float8.rounded(key)
-    query, key, value = (_aligned(x) for x in (query, key, value))
+        query, key = query if converts else float8.rounded(query), float8.rounded(key)
+    key, value = _aligned(key), _aligned(value)
+    query = _aligned(query, key.shape[3])
     batch, heads, key_width = query.shape[0], *query.shape[2:]
     plan = Plan(
         spec=spec,
@@ -169,6 +176,7 @@ def _plan(operands: Operands, spec: Spec, shape: Shape) -> tuple[Plan, dict]:
         segments=operands.key_segments is not None,
         offsets=offsets.shape[0],
         key_dtype=jnp.dtype(key.dtype),
+        converts=converts,
         marks=spec.mark_queries and operands.flags is not None,
     )
     plan = dataclasses.replace(plan, programs=min(plan.programs, plan.tiles))
@@ -249,7 +257,7 @@ def forward(
 
 
 def _forward(operands: Operands, spec: Spec, shape: Shape) -> tuple[jax.Array, tuple]:
-    plan, inputs = _plan(operands, spec, shape)
+    plan, inputs = _plan(operands, spec, shape, converts=True)
     if plan.noisy:
         inputs["noise_key"] = operands.noise_key
     rows = (plan.batch, plan.heads, plan.query_blocks * plan.block_q)

@@ -242,6 +242,82 @@ def row_sums(high, low):
     return run(high, low)
 
 
+def _chunk(base, row, number, matrix):
+    """Address of 16 bytes of a row of a tile in shared memory: where the swizzle puts them.
+
+    Args:
+      base: of the tile.
+      row: its row.
+      number: of the 16 bytes in the row.
+      matrix: how the tile lies.
+    """
+    per_tile = matrix.swizzle // 16
+    tiles = matrix.width * matrix.bytes // matrix.swizzle
+    tile, inside = (
+        (arith.shrui(number, rg.integer(per_tile.bit_length() - 1))),
+        arith.andi(number, rg.integer(per_tile - 1)),
+    )
+    block = arith.addi(_times(arith.shrui(row, rg.integer(3)), tiles), tile)
+    address = arith.addi(base, _times(block, 8 * matrix.swizzle))
+    rest = arith.addi(_times(arith.andi(row, rg.integer(7)), matrix.swizzle), _times(inside, 16))
+    address = arith.addi(address, rest)
+    moved = arith.andi(arith.shrui(address, rg.integer(7)), rg.integer(per_tile - 1))
+    return arith.xori(address, arith.shli(moved, rg.integer(4)))
+
+
+def write_float8(source, target, given, matrix):
+    """Writes a tile of queries rounded to nearest in float8_e4m3fn, ±448 where they are larger.
+
+    Each warp writes the rows that its products read; others see them after a barrier.
+
+    Args:
+      source: (64, width) of bfloat16 or float16 in shared memory.
+      target: (64, width) of float8_e4m3fn in shared memory.
+      given: how the source lies.
+      matrix: how the target lies.
+    """
+    convert = "cvt.rn.satfinite.e4m3x2.f16x2 {half}, {word};"
+    if rg.half_name(given.dtype) == "bf16":
+        convert = (
+            "shl.b32 low, {word}, 16; and.b32 high, {word}, 0xFFFF0000;"
+            " mov.b32 a, low; mov.b32 b, high; cvt.rn.satfinite.e4m3x2.f32 {half}, b, a;"
+        )
+    parts = []
+    for i in range(4):
+        pair = (convert.format(half=f"h{j}", word=f"w{2 * i + j}") for j in range(2))
+        parts += [*pair, f"mov.b32 o{i}, {{h0, h1}};"]
+    text = (
+        "{ .reg .b32 w<8>, o<4>, low, high; .reg .f32 a, b; .reg .b16 h<2>;"
+        " ld.shared.v4.b32 {w0, w1, w2, w3}, [$0]; ld.shared.v4.b32 {w4, w5, w6, w7}, [$1]; "
+        + " ".join(parts)
+        + " st.shared.v4.b32 [$2], {o0, o1, o2, o3}; }"
+    )
+
+    @rg.inline(
+        arg_types=(plgpu.RefType(given.transforms), plgpu.RefType(matrix.transforms)),
+    )
+    def run(_, source, target):
+        i64 = ir.IntegerType.get_signless(64)
+        bases = [
+            arith.trunci(rg.i32(), llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)))
+            for ref in (source, target)
+        ]
+        row = arith.shrui(rg.thread(), rg.integer(1))
+        odd = arith.andi(rg.thread(), rg.integer(1))
+        for number in range(matrix.width // 32):
+            chunk = arith.addi(odd, rg.integer(2 * number))
+            twice = _times(chunk, 2)
+            places = [
+                _chunk(bases[0], row, twice, given),
+                _chunk(bases[0], row, arith.addi(twice, rg.integer(1)), given),
+                _chunk(bases[1], row, chunk, matrix),
+            ]
+            void = ir.Type.parse("!llvm.void")
+            rg.asm(void, places, text, "r,r,r,~{memory}", effects=True)
+
+    run(source, target)
+
+
 # By bytes of a number: a word of shared memory times 0 plus what was there.
 _UNFINITE = MappingProxyType(
     {

@@ -55,9 +55,9 @@ def _copy_loop(plan: Plan, refs):
         for wg in range(plan.shape.compute):
             pl.when(index > 0)(lambda wg=wg: plgpu.barrier_wait(refs["q_empty"].at[wg]))
             rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(
-                refs["query"].at[batch, rows, head], refs["q"].at[wg], refs["q_full"].at[wg]
-            )
+            given = refs["given" if plan.converts else "q"].at[wg]
+            source = refs["query"].at[batch, rows, head]
+            plgpu.copy_gmem_to_smem(source, given, refs["q_full"].at[wg])
 
         def key_tile(i, step):
             slot = _slot(step, stages)
@@ -184,6 +184,11 @@ def _sums(plan: Plan, refs, wg, place, step):
     query = refs["q"].at[wg]
     slot = _slot(step, stages)
     plgpu.barrier_wait(refs["q_full"].at[wg])
+    given = query
+    if plan.converts:
+        given = refs["given"].at[wg]
+        blocks.write_float8(given, query, plan.given, matrices[0])
+        plgpu.commit_smem()
     wait("k_full", slot)
     scores = products.scores(query, refs["k"].at[slot], matrices[0])
     on_diagonal = plan.masked or plan.sides[1] is not None
@@ -250,7 +255,7 @@ def _sums(plan: Plan, refs, wg, place, step):
     carry = lax.fori_loop(begin, count, one, carry)
     rounded, total, outer, mass, best = carry
     slot = _slot(step + count - 1, stages)
-    lost = blocks.unfinite(query, matrices[0]) if plan.marks else None
+    lost = blocks.unfinite(given, plan.given) if plan.marks else None
     arrive("q_empty", wg)
     wait("v_full", slot)
     value = refs["v"].at[slot]

@@ -63,6 +63,7 @@ class Plan:
       segments: whether there are segment ids.
       offsets: 1 or B: batch size of the offsets.
       key_dtype: of query and key, that of the values or float8_e4m3fn.
+      converts: whether queries come in `dtype` and are rounded to `key_dtype` in the kernel.
       marks: whether queries that are not finite are answered by NaN.
     """
 
@@ -82,6 +83,7 @@ class Plan:
     segments: bool = False
     offsets: int = 1
     key_dtype: Any = None
+    converts: bool = False
     marks: bool = False
 
     def __post_init__(self):
@@ -184,6 +186,11 @@ class Plan:
             Matrix(self.value_width, self.dtype),
         )
 
+    @property
+    def given(self) -> Matrix:
+        """Of queries as they are copied in."""
+        return Matrix(self.key_width, self.dtype) if self.converts else self.matrices[0]
+
     def place(self, tile):
         """Tile number → (query block, head, batch).
 
@@ -241,6 +248,10 @@ def scratch(plan: Plan) -> dict:
         "v_full": plgpu.Barrier(num_barriers=shape.stages),
         "v_empty": plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.stages),
     }
+    if plan.converts:
+        given = plan.given
+        whole = (shape.compute, ROWS, given.width)
+        found["given"] = shared(whole, given.dtype, given.transforms)
     if plan.noisy:
         found["noise_full"] = plgpu.Barrier(num_barriers=shape.slots * shape.compute)
         found["noise_empty"] = plgpu.Barrier(num_arrivals=shape.compute, num_barriers=shape.slots)
