@@ -4,15 +4,19 @@
     python experiments/attention_speed.py --smoke    # the correctness check alone, on any device
     python experiments/attention_speed.py --plot     # the picture of the last run
 
-GPU kernel time by CUPTI, all implementations in one process, after a check of the private answer
-against the definition; no line is written if that fails. The time of `triton_private` is that of
-the public call: checks of rows, norms, clipping and noise included.
+GPU kernel time by CUPTI, all implementations in one process, after a check of the private answers
+against the definition; no line is written if that fails. The times of `triton_private` and of the
+`mosaic` rows are those of the public call: checks of rows, norms, clipping and noise included.
+`mosaic_private_fp8` rounds queries and keys to eight bits for the scores, which its rivals do not;
+how far that moves answers without noise is `fp8_error`, the root mean square of the difference over
+that of the answers. `tokamax` is left out where it is not installed.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import importlib.util
 import json
 import pathlib
 import statistics
@@ -63,7 +67,9 @@ SHAPES = {
 PASSES = ("forward", "forward_backward")
 
 
-def _private(settings: Settings, causal: bool, backend: str, noisy: bool, query, key, value, data):
+def _private(
+    settings: Settings, causal: bool, backend: str, noisy: bool, precision, query, key, value, data
+):
     mechanism = dpfa_jax.NonPrivate()
     if noisy:
         mechanism = dpfa_jax.IndependentNoise(
@@ -79,6 +85,7 @@ def _private(settings: Settings, causal: bool, backend: str, noisy: bool, query,
         rng=dpfa_jax.random.wrap_key_data(data) if noisy else None,
         queries="public",
         is_causal=causal,
+        precision=precision,
         backend=backend,
     )
 
@@ -86,6 +93,24 @@ def _private(settings: Settings, causal: bool, backend: str, noisy: bool, query,
 def _cudnn(causal: bool, query, key, value, data):
     del data
     return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
+
+
+def _tokamax(causal: bool, query, key, value, data):
+    import tokamax
+
+    del data
+    return tokamax.dot_product_attention(
+        query, key, value, is_causal=causal, implementation="mosaic"
+    )
+
+
+def _tokamax_no_max(causal: bool, query, key, value, data):
+    # Its public function has no such option.
+    from tokamax._src.ops.attention import pallas_mosaic_gpu
+
+    del data
+    kernel = pallas_mosaic_gpu.PallasMosaicGpuFlashAttention(use_stable_softmax=False)
+    return kernel(query, key, value, is_causal=causal)
 
 
 def _clip(rows, bound):
@@ -102,14 +127,21 @@ def _bolted_on(settings: Settings, causal: bool, query, key, value, data):
 
 
 def _implementations(settings: Settings, causal: bool):
-    return {
-        "triton_private": functools.partial(_private, settings, causal, "triton", True),
-        "triton_plain": functools.partial(_private, settings, causal, "triton", False),
-        "mosaic_private": functools.partial(_private, settings, causal, "mosaic_gpu", True),
-        "mosaic_plain": functools.partial(_private, settings, causal, "mosaic_gpu", False),
+    private = functools.partial(_private, settings, causal)
+    found = {
+        "triton_private": functools.partial(private, "triton", True, None),
+        "triton_plain": functools.partial(private, "triton", False, None),
+        "mosaic_private": functools.partial(private, "mosaic_gpu", True, None),
+        "mosaic_private_fp8": functools.partial(private, "mosaic_gpu", True, "fp8"),
+        "mosaic_plain": functools.partial(private, "mosaic_gpu", False, None),
+        "mosaic_plain_fp8": functools.partial(private, "mosaic_gpu", False, "fp8"),
         "cudnn": functools.partial(_cudnn, causal),
         "bolted_on": functools.partial(_bolted_on, settings, causal),
     }
+    if importlib.util.find_spec("tokamax") is not None:
+        found["tokamax"] = functools.partial(_tokamax, causal)
+        found["tokamax_no_max"] = functools.partial(_tokamax_no_max, causal)
+    return found
 
 
 def _with_gradient(fun):
@@ -134,11 +166,15 @@ def check(settings: Settings) -> float:
     query, key, value = (jax.random.normal(k, (1, 40, 2, 16)).astype(settings.dtype) for k in ks)
     data = jnp.arange(8, dtype=jnp.uint32)
     kernels = ("triton", "mosaic_gpu") if _has_hopper() else ("triton",)
-    *ours, want = (
-        _private(settings, True, backend, True, query, key, value, data).astype(jnp.float32)
-        for backend in (*kernels, "xla")
-    )
-    error = max(float(jnp.max(jnp.abs(one - want))) for one in ours) / settings.value_bound
+    errors = []
+    for precision in (None, "fp8"):
+        *ours, want = (
+            _private(settings, True, backend, True, precision, query, key, value, data)
+            for backend in (*kernels, "xla")
+        )
+        want = want.astype(jnp.float32)
+        errors += [float(jnp.max(jnp.abs(one.astype(jnp.float32) - want))) for one in ours]
+    error = max(errors) / settings.value_bound
     # The noise differs by the two backends' rounding terms, 1 % at most.
     if not error < 0.02:
         raise RuntimeError(f"The private answer is {error} away from its definition.")
@@ -164,6 +200,13 @@ def _arrays(settings: Settings, shape):
     return query, key, value, jnp.arange(8, dtype=jnp.uint32), cotangent
 
 
+@jax.jit
+def _distance(one, other):
+    """Root mean square of the difference over that of the other."""
+    one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+    return jnp.sqrt(jnp.mean(jnp.square(one - other)) / jnp.mean(jnp.square(other)))
+
+
 def measure(settings: Settings, passes: tuple[str, ...] = PASSES) -> list[dict]:
     """One dictionary for each shape, pass and implementation."""
     from jax.experimental.mosaic.gpu import profiler
@@ -181,22 +224,43 @@ def measure(settings: Settings, passes: tuple[str, ...] = PASSES) -> list[dict]:
         fun = _with_gradient(fun) if gradient else fun
         try:
             return jax.jit(fun).lower(*_specs(settings, SHAPES[name], gradient))
-        except NotImplementedError as reason:
+        except Exception as reason:
+            if not isinstance(reason, NotImplementedError) and "tokamax" not in label:
+                raise
             print(f"{name:18} {which:17} {label:15} left out: {reason}", flush=True)
+            return None
+
+    def compiled(case, program):
+        try:
+            return program.compile()
+        except Exception as reason:
+            if "tokamax" not in case[2]:
+                raise
+            print(
+                f"{case[0]:18} {case[1]:17} {case[2]:15} left out: {str(reason)[:200]}", flush=True
+            )
             return None
 
     found = [(case, lower(case)) for case in cases]
     cases = [case for case, program in found if program is not None]
     lowered = [program for _, program in found if program is not None]
     with concurrent.futures.ThreadPoolExecutor(14) as pool:
-        programs = list(pool.map(lambda program: program.compile(), lowered))
+        programs = list(pool.map(compiled, cases, lowered))
     run_id, rows, arrays, held = uuid.uuid4().hex[:12], [], (), ""
+    plain = None
     for (name, which, label, _), program in zip(cases, programs, strict=True):
+        if program is None:
+            continue
         shape = SHAPES[name]
         if name != held:
             arrays, held = _arrays(settings, shape), name
         given = arrays if which != "forward" else arrays[:4]
-        jax.block_until_ready(program(*given))
+        out = jax.block_until_ready(program(*given))
+        more = {}
+        if which == "forward" and label == "mosaic_plain":
+            plain = out
+        if which == "forward" and label == "mosaic_plain_fp8":
+            more["fp8_error"] = round(float(_distance(out, plain)), 6)
         _, times = profiler.measure(program, iterations=settings.iterations)(*given)
         memory = program.memory_analysis()
         batch, length, heads, kv_heads, width, causal = shape
@@ -217,6 +281,7 @@ def measure(settings: Settings, passes: tuple[str, ...] = PASSES) -> list[dict]:
                 "spread": round((max(times) - min(times)) / statistics.median(times), 4),
                 "peak_bytes": peak + memory.temp_size_in_bytes,
                 "run_id": run_id,
+                **more,
             }
         )
         print(f"{name:18} {which:17} {label:15} {rows[-1]['milliseconds']:9.4f} ms", flush=True)
@@ -234,18 +299,18 @@ def plot(folder: pathlib.Path, figures: pathlib.Path) -> pathlib.Path:
     rows, shapes = line["metrics"], list(dict.fromkeys(row["shape"] for row in line["metrics"]))
     times = {(r["pass"], r["shape"], r["implementation"]): r["milliseconds"] for r in rows}
     passes = [which for which in PASSES if any(which == key[0] for key in times)]
-    shown = ("triton_private", "mosaic_private", "bolted_on")
+    shown = ("triton_private", "mosaic_private", "mosaic_private_fp8", "bolted_on")
     figure, axes = pyplot.subplots(len(passes), 1, figsize=(9, 3.2 * len(passes)), squeeze=False)
     for (ax,), which in zip(axes, passes, strict=True):
         for number, name in enumerate(shown):
             found = [
-                (place + 0.27 * (number - 1), times[which, shape, name])
+                (place + 0.21 * (number - 1.5), times[which, shape, name])
                 for place, shape in enumerate(shapes)
                 if (which, shape, name) in times
             ]
             rivals = [times[which, shapes[round(x)], "cudnn"] for x, _ in found]
             heights = [time / rival for (_, time), rival in zip(found, rivals, strict=True)]
-            ax.bar([x for x, _ in found], heights, 0.25, label=name)
+            ax.bar([x for x, _ in found], heights, 0.2, label=name)
         ax.axhline(1.0, color="gray", linestyle=":")
         ax.set(ylabel="time / cuDNN's", title=which.replace("_", " + "))
         ax.set_xticks(range(len(shapes)), shapes, rotation=20, ha="right", fontsize=8)

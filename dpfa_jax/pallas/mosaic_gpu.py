@@ -111,7 +111,7 @@ def _offsets(operands: Operands, spec: Spec, shift: int, block_k: int):
 
 
 def _aligned(array, width: int | None = None):
-    """Rows padded to a multiple of 8, columns to 32 bytes or to `width`: what copies into tiles need."""
+    """Rows padded to a multiple of 8, columns to 32 bytes or `width`: what copies to tiles need."""
     rows = -array.shape[1] % 8
     columns = -array.shape[3] % (32 // array.dtype.itemsize)
     if width is not None:

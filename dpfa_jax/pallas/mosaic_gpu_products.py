@@ -5,7 +5,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
@@ -96,7 +96,8 @@ def wait_group(numbers, in_flight: int, spent=(), first=()):
       in_flight: the number of products.
       spent: int32 values that a product reads: their registers are not written before it.
       first: float32 values ≥ 0 or NaN that are computed before it. The assembler moves arithmetic
-        past a wait as it likes, but no wait past a trap that depends on the arithmetic.
+        past a wait as it likes, but no wait past a store that depends on the arithmetic. The
+        store is of what cannot be, and never happens.
     """
     count, place = len(numbers), 2 * len(numbers) + len(spent)
     struct = llvm.StructType.get_literal([rg.f32()] * count)
@@ -160,7 +161,39 @@ def _issue_sums(total, weights, value, matrix, width: int, add):
     return total
 
 
-def overlapped(query_ref, key_ref, value_ref, weights, total, add, key_matrix, value_matrix, wait):
+_TURNS = 8
+"""Number of the first of two barriers of the hardware that are free; those of warpgroups are 1 to 5."""
+
+
+def _turn(instruction: str, wg, other: bool):
+    number = arith.xori(wg, rg.integer(1)) if other else wg
+    number = arith.addi(number, rg.integer(_TURNS))
+    void = ir.Type.parse("!llvm.void")
+    text = f"bar.{instruction} $0, {2 * rg.WARPGROUP};"
+    rg.asm(void, [number], text, "r,~{memory}", effects=True)
+
+
+def first_turn(wg):
+    """Lets warpgroup 0 of two begin; called once by both.
+
+    Args:
+      wg: int32 scalar, 0 or 1.
+    """
+
+    @rg.inline(arg_types=(rg.SCALAR,))
+    def run(_, wg):
+        number = rg.scalar(wg)
+        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, number, rg.integer(1)))
+        with ir.InsertionPoint(branch.then_block):
+            _turn("arrive", number, other=True)
+            scf.yield_([])
+
+    run(wg)
+
+
+def overlapped(
+    query_ref, key_ref, value_ref, weights, total, add, key_matrix, value_matrix, wait, wg
+):
     """Starts the next scores and these sums, and waits for the scores alone.
 
     Args:
@@ -173,6 +206,8 @@ def overlapped(query_ref, key_ref, value_ref, weights, total, add, key_matrix, v
       key_matrix: of query and key.
       value_matrix: of value.
       wait: called between the two products: waits for the values.
+      wg: int32 scalar, 0 or 1, where two warpgroups issue their products in turn, so that one
+        makes weights while the other's are multiplied; else None.
 
     Returns:
       Scores, and sums that no one may read before `finish`.
@@ -184,27 +219,35 @@ def overlapped(query_ref, key_ref, value_ref, weights, total, add, key_matrix, v
     tile = plgpu.ShapeDtypeStruct((ROWS, next_keys), jnp.float32, rg.TILE)
     sums = plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE)
 
-    @rg.inline(arg_types=(key_kind, key_kind), return_type=tile)
-    def begin(_, query, key):
+    turns = () if wg is None else (wg,)
+    scalars = (rg.SCALAR,) * len(turns)
+
+    @rg.inline(arg_types=(key_kind, key_kind, *scalars), return_type=tile)
+    def begin(_, query, key, *turns):
+        for wg in turns:
+            _turn("sync", rg.scalar(wg), other=False)
         pipeline("fence")
         return rg.from_numbers(
             _issue_scores(query, key, key_matrix, next_keys), tile.shape, rg.TILE
         )
 
     @rg.inline(
-        arg_types=(value_kind, rg.PACKED, rg.TILE, rg.TILE, rg.SCALAR), return_type=(tile, sums)
+        arg_types=(value_kind, rg.PACKED, rg.TILE, rg.TILE, rg.SCALAR, *scalars),
+        return_type=(tile, sums),
     )
-    def proceed(_, value, weights, total, found, add):
+    def proceed(_, value, weights, total, found, add, *turns):
         pipeline("fence")
         new = _issue_sums(rg.numbers(total), weights, value, value_matrix, width, rg.scalar(add))
+        for wg in turns:
+            _turn("arrive", rg.scalar(wg), other=True)
         found = wait_group(rg.numbers(found), 1)
         return rg.from_numbers(found, tile.shape, rg.TILE), rg.from_numbers(
             new, sums.shape, rg.TILE
         )
 
-    found = begin(query_ref, key_ref)
+    found = begin(query_ref, key_ref, *turns)
     wait()
-    return proceed(value_ref, weights, total, found, add)
+    return proceed(value_ref, weights, total, found, add, *turns)
 
 
 def unset(width: int):
