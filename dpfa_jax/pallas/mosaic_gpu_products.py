@@ -162,7 +162,7 @@ def _issue_sums(total, weights, value, matrix, width: int, add):
 
 
 _TURNS = 8
-"""Number of the first of two barriers of the hardware that are free; those of warpgroups are 1 to 5."""
+"""Number of the first of two of the hardware's barriers; those of single warpgroups are 1 to 5."""
 
 
 def _turn(instruction: str, wg, other: bool):
