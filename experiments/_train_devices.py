@@ -135,7 +135,7 @@ def measure(
         if case in SMOKE and len(rows) != len(runs):
             raise RuntimeError("A method did not run on the small model.")
         if case in cases and rows:
-            _common.append_line(folder, "train_speed", case, rows, watch.seconds())
+            _common.append_line(folder, "train_scaling", case, rows, watch.seconds())
     pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -1,7 +1,7 @@
 """What does a clipped gradient cost beside the plain one, in time and memory?
 
     python experiments/train_speed.py            # all cases on the default GPU, 3 minutes
-    python experiments/train_speed.py --devices  # the same work spread over 1, 2, ... GPUs
+    python experiments/train_speed.py --devices  # the same work on 1, 2, ... GPUs: train_scaling
     python experiments/train_speed.py --smoke    # a small model on any device
 
 One gradient of a GPT-2, compiled; wall clock, median, all methods in one process. The sums of the

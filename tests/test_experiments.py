@@ -15,14 +15,14 @@ from tests.pins import ROOT
 LINE = {"experiment", "config", "metrics", "commit", "jax", "device", "time", "seconds"}
 
 
-def _smoke(name: str, folder: pathlib.Path, *more: str, flags: str = "") -> dict:
+def _smoke(name: str, folder: pathlib.Path, *more: str, flags: str = "", script: str = "") -> dict:
     """Runs an experiment on its small scale and returns the one line that it wrote."""
-    script = ROOT / "experiments" / f"{name}.py"
+    program = ROOT / "experiments" / f"{script or name}.py"
     committed = ROOT / "experiments" / "results" / f"{name}.jsonl"
     before = committed.read_bytes() if committed.exists() else b""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
-        (sys.executable, script, "--smoke", "--results", folder, *more),
+        (sys.executable, program, "--smoke", "--results", folder, *more),
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -94,7 +94,8 @@ def test_train_speed_smoke_compares_methods_and_times_one(tmp_path):
 
 def test_train_speed_smoke_gives_the_same_sums_and_noise_on_two_devices(tmp_path):
     flags = "--xla_force_host_platform_device_count=2"
-    line = _smoke("train_speed", tmp_path, "--devices", flags=flags)
+    options = {"flags": flags, "script": "train_speed"}
+    line = _smoke("train_scaling", tmp_path, "--devices", **options)
     rows = line["metrics"]
     assert [(row["devices"], row["mode"], row["batch"]) for row in rows[::3]] == [
         (1, "strong", 4),

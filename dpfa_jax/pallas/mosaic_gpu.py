@@ -130,19 +130,20 @@ def _cut(operands: Operands, spec: Spec) -> Shape:
         return Shape(block_k=64, compute=1, flush=8, registers=(240, 24, 72))
     if spec.noise == "none":
         return Shape(registers=(240, 24, 24))
-    narrow = {"noise": "shared", "slots": 1, "eager": False}
     if width <= 64 and masked:
-        return Shape(block_k=64, flush=8, stages=3, **narrow)
-    if width <= 64:
-        # The special-function unit is the limit: another order of work is no help.
-        return Shape(**{**narrow, "slots": 2 if keys <= GROUP_KEYS else 1})
-    if spec.noise == "sums" and keys > GROUP_KEYS:
+        return Shape(block_k=64, flush=8, stages=3, noise="shared", slots=1, eager=False)
+    if spec.noise == "sums" and keys > GROUP_KEYS and width > 64:
         # Two accumulators leave no room for 128 keys.
         rows = {"noise": "shared", "slots": 1, "registers": (224, 24, 40)}
-        if masked:
-            return Shape(block_k=64, flush=8, stages=3, **rows)
+        few = spec.is_causal and keys <= 2048 and not spec.float8_scores
+        if masked or few:
+            return Shape(block_k=64, flush=8, stages=3, eager=masked, **rows)
         return Shape(block_k=96, flush=5, eager=spec.float8_scores, **rows)
-    return Shape()
+    if width <= 64:
+        # The special-function unit is the limit: another order of work is no help.
+        slots = 2 if keys <= GROUP_KEYS else 1
+        return Shape(noise="shared", slots=slots, eager=False)
+    return Shape(noise="shared" if width <= 80 else "global")
 
 
 def _plan(

@@ -181,7 +181,6 @@ def _sums(plan: Plan, refs, wg, place, step):
         return weights, mass, best, shrink
 
     matrices = plan.matrices
-    turn = wg if plan.shape.turns else None
     query = refs["q"].at[wg]
     slot = _slot(step, stages)
     plgpu.barrier_wait(refs["q_full"].at[wg])
@@ -205,7 +204,7 @@ def _sums(plan: Plan, refs, wg, place, step):
         wait("k_full", slot)
         places = (query, refs["k"].at[slot], refs["v"].at[before])
         scores, summed = products.overlapped(
-            *places, rounded, total, adds(i - 1), *matrices, lambda: wait("v_full", before), turn
+            *places, rounded, total, adds(i - 1), *matrices, lambda: wait("v_full", before)
         )
         weights, part, best, shrink = weigh(i, slot, scores, mass[0], best, masked)
         summed = products.finish(summed, rounded, part if plan.shape.eager else None)
@@ -367,8 +366,6 @@ def _compute_loop(plan: Plan, refs, wg):
                 refs[name][batch, head, rows] = row
         return step
 
-    if plan.shape.turns:
-        products.first_turn(wg)
     _each_tile(plan, tile, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 

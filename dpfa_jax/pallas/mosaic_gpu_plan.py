@@ -28,7 +28,6 @@ class Shape:
       noise: where it waits, "shared" or "global" memory.
       registers: of the computing, copying and drawing threads, a multiple of 8 each.
       nearby: bytes of keys and values that tiles in flight may read.
-      turns: whether two computing warpgroups issue their products in turn.
       eager: whether the next weights are made before the last sums are waited for.
     """
 
@@ -40,7 +39,6 @@ class Shape:
     noise: str = "global"
     registers: tuple[int, int, int] = (208, 24, 72)
     nearby: int = 24 << 20
-    turns: bool = False
     eager: bool = True
 
 

@@ -5,7 +5,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, llvm
 
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
@@ -161,39 +161,7 @@ def _issue_sums(total, weights, value, matrix, width: int, add):
     return total
 
 
-_TURNS = 8
-"""Number of the first of two of the hardware's barriers; those of single warpgroups are 1 to 5."""
-
-
-def _turn(instruction: str, wg, other: bool):
-    number = arith.xori(wg, rg.integer(1)) if other else wg
-    number = arith.addi(number, rg.integer(_TURNS))
-    void = ir.Type.parse("!llvm.void")
-    text = f"bar.{instruction} $0, {2 * rg.WARPGROUP};"
-    rg.asm(void, [number], text, "r,~{memory}", effects=True)
-
-
-def first_turn(wg):
-    """Lets warpgroup 0 of two begin; called once by both.
-
-    Args:
-      wg: int32 scalar, 0 or 1.
-    """
-
-    @rg.inline(arg_types=(rg.SCALAR,))
-    def run(_, wg):
-        number = rg.scalar(wg)
-        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, number, rg.integer(1)))
-        with ir.InsertionPoint(branch.then_block):
-            _turn("arrive", number, other=True)
-            scf.yield_([])
-
-    run(wg)
-
-
-def overlapped(
-    query_ref, key_ref, value_ref, weights, total, add, key_matrix, value_matrix, wait, wg
-):
+def overlapped(query_ref, key_ref, value_ref, weights, total, add, key_matrix, value_matrix, wait):
     """Starts the next scores and these sums, and waits for the scores alone.
 
     Args:
@@ -206,8 +174,6 @@ def overlapped(
       key_matrix: of query and key.
       value_matrix: of value.
       wait: called between the two products: waits for the values.
-      wg: int32 scalar, 0 or 1, where two warpgroups issue their products in turn, so that one
-        makes weights while the other's are multiplied; else None.
 
     Returns:
       Scores, and sums that no one may read before `finish`.
@@ -219,35 +185,27 @@ def overlapped(
     tile = plgpu.ShapeDtypeStruct((ROWS, next_keys), jnp.float32, rg.TILE)
     sums = plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE)
 
-    turns = () if wg is None else (wg,)
-    scalars = (rg.SCALAR,) * len(turns)
-
-    @rg.inline(arg_types=(key_kind, key_kind, *scalars), return_type=tile)
-    def begin(_, query, key, *turns):
-        for wg in turns:
-            _turn("sync", rg.scalar(wg), other=False)
+    @rg.inline(arg_types=(key_kind, key_kind), return_type=tile)
+    def begin(_, query, key):
         pipeline("fence")
         return rg.from_numbers(
             _issue_scores(query, key, key_matrix, next_keys), tile.shape, rg.TILE
         )
 
     @rg.inline(
-        arg_types=(value_kind, rg.PACKED, rg.TILE, rg.TILE, rg.SCALAR, *scalars),
-        return_type=(tile, sums),
+        arg_types=(value_kind, rg.PACKED, rg.TILE, rg.TILE, rg.SCALAR), return_type=(tile, sums)
     )
-    def proceed(_, value, weights, total, found, add, *turns):
+    def proceed(_, value, weights, total, found, add):
         pipeline("fence")
         new = _issue_sums(rg.numbers(total), weights, value, value_matrix, width, rg.scalar(add))
-        for wg in turns:
-            _turn("arrive", rg.scalar(wg), other=True)
         found = wait_group(rg.numbers(found), 1)
         return rg.from_numbers(found, tile.shape, rg.TILE), rg.from_numbers(
             new, sums.shape, rg.TILE
         )
 
-    found = begin(query_ref, key_ref, *turns)
+    found = begin(query_ref, key_ref)
     wait()
-    return proceed(value_ref, weights, total, found, add, *turns)
+    return proceed(value_ref, weights, total, found, add)
 
 
 def unset(width: int):

@@ -95,7 +95,7 @@ def check() -> int:
     running = {}
     for name, (tool, what) in _programs().items():
         command = (
-            *("compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=dpfa"),
+            *("compute-sanitizer", "--tool", tool, "--kernel-name", "kns=dpfa"),
             *("--report-api-errors", "no", "--error-exitcode", "1", "--print-limit", "10"),
             *(sys.executable, "-m", "tests.pallas.sanitize", "--run", what),
         )
