@@ -12,13 +12,15 @@ def rounded(rows: jax.Array) -> jax.Array:
     """Each number clipped to ±448 and rounded to nearest even; NaN where it is not finite.
 
     A number becomes another by itself: no row depends on another row, and a record's scores stay a
-    function of that record and the query (F6 in float8.md).
+    function of that record and the query.
 
     Args:
       rows: floating.
 
     Returns:
       The same shape in float8_e4m3fn: four bits of exponent, three of mantissa, none of infinity.
+
+    Guarantee: F6 (float8.md).
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,6 +40,8 @@ def through(rows: jax.Array) -> jax.Array:
 
     Returns:
       The same shape and dtype.
+
+    Guarantee: F6 (float8.md).
 
     Example:
       >>> import jax, jax.numpy as jnp
