@@ -29,7 +29,7 @@ the branch of a `lax.cond` that copies."""
 FLOAT8_SCORES = True
 """Rows of query and key are rounded to float8_e4m3fn here, where the call asks for it."""
 
-_FASTER_FROM = 2048  # keys
+_FASTER_FROM = 256  # keys
 _PROGRAMS = 132
 """Multiprocessors of an H100 or H200; on fewer, blocks of the grid wait their turn."""
 
@@ -67,11 +67,10 @@ def preferred(keys: int) -> bool:
     """Whether these kernels run on the default device, and faster than Triton's.
 
     Args:
-      keys: rows of one memory. On an H200 Triton was faster up to 2048 of them and slower from
-        4096 on (experiments/attention_speed.py) while these kernels copied their inputs, which
-        they no longer do: the bound is too high by now, by how much is not measured.
+      keys: rows of one memory. On an H200 (experiments/attention_speed.py) these were faster at
+        256 of them, the fewest that were measured, and at all more.
     """
-    return _has_hopper() and keys > _FASTER_FROM
+    return _has_hopper() and keys >= _FASTER_FROM
 
 
 def _has_hopper() -> bool:

@@ -4,7 +4,8 @@
 
 `compute-sanitizer` runs small calls, forward and backward, with its memory and race checkers. A
 kernel that writes past its array is run beside them, and has to be caught. Every array has an
-allocation of its own, since one beside another hides what goes past an end.
+allocation of its own, since one beside another hides what goes past an end; memory may still come
+in granules, inside which nothing is seen, so the broken kernel goes past the end of one.
 """
 
 import argparse
@@ -21,6 +22,9 @@ import dpfa_jax
 
 BATCH, QUERIES, KEYS, HEADS, KV_HEADS, WIDTH = 1, 130, 200, 2, 1, 64
 SECONDS = 120
+GRANULE = 2 << 20
+"""Bytes that the driver hands out at once, at most."""
+
 SETTINGS = {
     "JAX_PLATFORMS": "cuda,cpu",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -69,10 +73,10 @@ def write_past_the_end() -> None:
         plgpu.store(out_ref.at[place], plgpu.load(x_ref.at[place]))
 
     kernel.__name__ = "dpfa_broken"
-    x = jnp.ones((1000,))
+    x = jnp.ones((GRANULE // 4,))
     call = pl.pallas_call(
         kernel,
-        grid=(64,),
+        grid=(x.size // 128 + 64,),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4),
         name=kernel.__name__,
