@@ -27,15 +27,18 @@ def commit() -> str:
     """The commit of this checkout, with `-dirty` where the code differs from it.
 
     The results and figures themselves are no code: appending a line does not make the next run
-    dirty. Outside a git checkout (a GPU machine that got the files alone) it is what the variable
-    EXPERIMENT_COMMIT says, or "unknown".
+    dirty. Where the variable EXPERIMENT_COMMIT is set (on a GPU machine that got the files of a
+    commit, but not its history) it is what that says, and "unknown" outside a git checkout.
     """
+    named = os.environ.get("EXPERIMENT_COMMIT")
+    if named:
+        return named
     code = ("--", ".", ":(exclude)experiments/results", ":(exclude)experiments/figures")
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", *code)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("EXPERIMENT_COMMIT", "unknown")
+        return "unknown"
     return f"{head}-dirty" if changed else head
 
 

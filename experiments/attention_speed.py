@@ -1,6 +1,7 @@
 """How fast is private attention beside the fastest attention without privacy?
 
-    python experiments/attention_speed.py            # ten shapes on the default GPU, 3 minutes
+    python experiments/attention_speed.py            # ten shapes on the default GPU, 6 minutes
+    python experiments/attention_speed.py --forward  # without gradients, 3 minutes
     python experiments/attention_speed.py --smoke    # the correctness check alone, on any device
     python experiments/attention_speed.py --plot     # the picture of the last run
 
