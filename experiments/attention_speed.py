@@ -17,6 +17,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import json
 import pathlib
@@ -97,20 +98,19 @@ def _cudnn(causal: bool, query, key, value, data):
 
 
 def _tokamax(causal: bool, query, key, value, data):
-    import tokamax
-
     del data
+    # By name: type checkers need not have it.
+    tokamax = importlib.import_module("tokamax")
     return tokamax.dot_product_attention(
         query, key, value, is_causal=causal, implementation="mosaic"
     )
 
 
 def _tokamax_no_max(causal: bool, query, key, value, data):
-    # Its public function has no such option.
-    from tokamax._src.ops.attention import pallas_mosaic_gpu
-
     del data
-    kernel = pallas_mosaic_gpu.PallasMosaicGpuFlashAttention(use_stable_softmax=False)
+    # Its public function has no such option.
+    kernels = importlib.import_module("tokamax._src.ops.attention.pallas_mosaic_gpu")
+    kernel = kernels.PallasMosaicGpuFlashAttention(use_stable_softmax=False)
     return kernel(query, key, value, is_causal=causal)
 
 
