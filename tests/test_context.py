@@ -118,6 +118,16 @@ def test_context_parallel_attention_equals_the_unsharded_call(backend, name, sha
         assert np.max(np.abs(ours - theirs)) <= 3e-6 * np.max(np.abs(theirs))
 
 
+def test_eight_bit_scores_are_those_of_the_rounded_rows_on_every_shard():
+    call = sharded(QUIET["independent"], backend="xla", precision="fp8")
+    other = whole(QUIET["independent"], backend="xla", precision="fp8")
+    plain = whole(QUIET["independent"], backend="xla")
+    ours, theirs, exact = both(call), both(other), both(plain)
+    for one, two, three in zip(ours, theirs, exact, strict=True):
+        assert np.max(np.abs(one - two)) <= 3e-6 * np.max(np.abs(two))
+        assert np.max(np.abs(one - three)) > 1e-3 * np.max(np.abs(two))
+
+
 def test_what_shards_mask_is_left_out_and_all_have_the_same_answer():
     # Records on the first seven shards alone, five of them on the last of these; NaN, −∞ and False
     # here and there.

@@ -5,13 +5,14 @@ F6 (float8.md): what a record's row is rounded to depends on that row alone, in 
 
 import functools
 
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dpfa_jax
-from dpfa_jax import float8, random
+from dpfa_jax import float8, linen, nnx, random
 
 NOISE = dpfa_jax.IndependentNoise(noise_multiplier=0.3, value_bound=1.0, score_cap=2.0)
 
@@ -48,7 +49,7 @@ def test_rounded_is_not_a_number_where_the_row_is_not_finite():
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
 def test_through_rounds_inside_jit_too(dtype):
-    # XLA may take a conversion there and back for none.
+    # XLA may take a conversion there and back for none; for CPUs this one does not.
     rows = jnp.asarray(np.random.default_rng(0).normal(size=300), dtype)
     wanted = np.asarray(float8.rounded(rows).astype(dtype), np.float32)
     for run in (float8.through, jax.jit(float8.through), jax.jit(lambda x: float8.through(x) * 1)):
@@ -123,6 +124,24 @@ def test_a_record_that_is_not_finite_is_null_in_eight_bits_too():
         query, key, value, precision="fp8", key_log_weights=weights, **options
     )
     np.testing.assert_array_equal(found, left_out)
+
+
+def test_flax_layers_take_the_precision_of_scores_alone():
+    query, key, value = _rows()
+    mechanism, options = dpfa_jax.NonPrivate(), {"queries": "public", "backend": "xla"}
+    wanted = dpfa_jax.private_attention(
+        query, key, value, mechanism=mechanism, rng=None, precision="fp8", **options
+    )
+    linen_layer = linen.PrivateAttention(mechanism, precision="fp8", **options)
+    rngs = flax.nnx.Rngs(privacy=random.secure_key())
+    nnx_layer = nnx.PrivateAttention(mechanism, precision="fp8", rngs=rngs, **options)
+    # What the layer around says is for its projections.
+    highest = jax.lax.Precision.HIGHEST
+    for found in (
+        linen_layer.apply({}, query, key, value, precision=highest),
+        nnx_layer(query, key, value, precision=highest),
+    ):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_noise_that_is_correlated_like_the_scores_refuses_eight_bits():

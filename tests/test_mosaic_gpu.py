@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpfa_jax import admission, reference
+from dpfa_jax import admission, float8, reference
 from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.pallas import accumulators, mosaic_gpu
 
@@ -144,6 +144,8 @@ def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
         operands = jax.eval_shape(lambda w=width, k=keys: _operands(keys=k, width=w, queries=8))
         group = (cut := mosaic_gpu._cut(operands, spec)).block_k * cut.flush
         assert accumulators.SHORTEST_GROUP <= group <= accumulators.GROUP_KEYS
+        # What a thread adds to a denominator before it joins the double word, at most (F4).
+        assert (cut.flush + 1) * cut.block_k // 4 <= 160
 
 
 def test_column_squares_lowers_for_cuda_without_a_gpu():
@@ -246,6 +248,22 @@ def test_forward_marks_queries_that_are_not_finite(width, score_cap, float8_scor
     # Nobody else notices.
     clean = np.asarray(run(operands)[0], np.float32)
     np.testing.assert_array_equal(found[~lost], clean[~lost])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("width", (32, 64, 80, 128))
+def test_queries_are_rounded_in_the_kernel_as_everywhere(width, dtype):
+    # Rows that are rounded already are not rounded again: any difference is the kernel's own.
+    operands, spec = _operands(width=width, dtype=dtype), _spec({**NOISY, "float8_scores": True})
+    draw = np.random.default_rng(7)
+    sizes = 2.0 ** draw.integers(-13, 11, operands.query.shape)
+    steps = draw.integers(-255, 256, operands.query.shape) / 128  # with all ties
+    query = jnp.asarray(steps * sizes, dtype)
+    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec)[0])
+    found = run(operands._replace(query=query))
+    wanted = run(operands._replace(query=float8.through(query)))
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
 
 
 @pytest.mark.gpu

@@ -89,7 +89,7 @@ def test_count_noise_std_is_charged_with_the_gradient_of_the_same_sample(sampler
     )
     updates, state = tx.update(c.tree, state, clipped=c)
     np.testing.assert_array_equal(updates, plain)  # the gradient's noise is the one asked for
-    charged = optim.event(state).event  # type: ignore[union-attr]
+    charged = optim.event(state).event
     # One unit moves the sum by 1 (2) and the count by ½ (1), in units of their noise:
     moved = math.hypot(1 / 2.0, (0.5 if sampler is SAMPLER else 1.0) / count_std)
     together = sampler.event(1 / moved, 6, 64)
@@ -122,7 +122,7 @@ def test_adaptive_training_stops_at_its_target_and_tells_a_checkpoint_without_th
         moved.append(bool(go))
     joint = optim.event(tx.init(jnp.zeros(4)))
     assert joint == accounting.NoRelease()
-    charged = optim.event(state).event  # type: ignore[union-attr]
+    charged = optim.event(state).event
     allowed = plan.steps_within(charged, plan.Target(*target))
     without = plan.steps_within(SAMPLER.event(2.0, 4, 64), plan.Target(*target))
     assert 0 < allowed < without and moved == [True] * allowed + [False] * (9 - allowed)
