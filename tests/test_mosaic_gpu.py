@@ -250,12 +250,24 @@ def test_forward_marks_queries_that_are_not_finite(width, score_cap, float8_scor
     np.testing.assert_array_equal(found[~lost], clean[~lost])
 
 
+@pytest.mark.parametrize("flags", (None, jnp.zeros((2, 19), jnp.int32)))
+def test_queries_of_calls_that_clip_contributions_are_rounded_outside(flags):
+    # The kernel that sums and the one that finds the norms then read the same bits.
+    operands = _operands(flags=flags)
+    spec = _spec({**NOISY, "float8_scores": True, "mark_queries": flags is not None})
+    traced = jax.make_jaxpr(lambda operands: mosaic_gpu.forward(operands, spec)[0])(operands)
+    rounded = "f8_e4m3fn[2,200,4,64]" in str(traced)
+    assert rounded == (flags is None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 @pytest.mark.parametrize("width", (32, 64, 80, 128))
 def test_queries_are_rounded_in_the_kernel_as_everywhere(width, dtype):
     # Rows that are rounded already are not rounded again: any difference is the kernel's own.
-    operands, spec = _operands(width=width, dtype=dtype), _spec({**NOISY, "float8_scores": True})
+    flags = jnp.zeros((2, 19), jnp.int32)
+    operands = _operands(width=width, dtype=dtype, flags=flags)
+    spec = _spec({**NOISY, "float8_scores": True})
     draw = np.random.default_rng(7)
     sizes = 2.0 ** draw.integers(-13, 11, operands.query.shape)
     steps = draw.integers(-255, 256, operands.query.shape) / 128  # with all ties

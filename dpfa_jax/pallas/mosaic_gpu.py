@@ -257,7 +257,9 @@ def forward(
 
 
 def _forward(operands: Operands, spec: Spec, shape: Shape) -> tuple[jax.Array, tuple]:
-    plan, inputs = _plan(operands, spec, shape, converts=True)
+    # Without flags contributions may be clipped by `column_squares`, whose scores have to be these
+    # bit for bit: both then get queries that were rounded once, outside.
+    plan, inputs = _plan(operands, spec, shape, converts=operands.flags is not None)
     if plan.noisy:
         inputs["noise_key"] = operands.noise_key
     rows = (plan.batch, plan.heads, plan.query_blocks * plan.block_q)
