@@ -262,6 +262,8 @@ def _forward(operands: Operands, spec: Spec, shape: Shape) -> tuple[jax.Array, t
     plan, inputs = _plan(operands, spec, shape, converts=operands.flags is not None)
     if plan.noisy:
         inputs["noise_key"] = operands.noise_key
+    if plan.scheduled:
+        inputs["schedule"] = jnp.asarray(plan.schedule())
     rows = (plan.batch, plan.heads, plan.query_blocks * plan.block_q)
     bound = spec.ball if spec.ball is not None else spec.row_clip
     answer = (*inputs["query"].shape[:3], plan.value_width)

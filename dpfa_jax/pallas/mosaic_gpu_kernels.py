@@ -32,9 +32,16 @@ def _shared_index(size: int, index):
     return jnp.int32(0) if size == 1 else index
 
 
-def _each_tile(plan: Plan, body, carry):
+def _each_tile(plan: Plan, refs, body, carry):
     """`body(local number, tile, carry)` over the tiles of this block of the grid."""
     program = lax.axis_index("program")
+    if plan.scheduled:
+        table = refs["schedule"].at[program]
+
+        def listed(index, carry):
+            return body(index, table[index + 1], carry)
+
+        return lax.fori_loop(jnp.int32(0), table[0], listed, carry)
     mine = lax.div(jnp.int32(plan.tiles - 1) - program, jnp.int32(plan.programs)) + 1
 
     def step(index, carry):
@@ -76,7 +83,7 @@ def _copy_loop(plan: Plan, refs):
 
         return lax.fori_loop(jnp.int32(0), count, key_tile, step)
 
-    _each_tile(plan, tile, jnp.int32(0))
+    _each_tile(plan, refs, tile, jnp.int32(0))
 
 
 def _noise_buffer(plan: Plan, refs, slot, wg):
@@ -109,7 +116,7 @@ def _noise_loop(plan: Plan, refs):
 
         return lax.fori_loop(jnp.int32(0), jnp.int32(compute), half, carry)
 
-    _each_tile(plan, tile, jnp.int32(0))
+    _each_tile(plan, refs, tile, jnp.int32(0))
 
 
 def _visible(plan: Plan, start, key_start, refs, batch, query_ids) -> Any:
@@ -366,7 +373,7 @@ def _compute_loop(plan: Plan, refs, wg):
                 refs[name][batch, head, rows] = row
         return step
 
-    _each_tile(plan, tile, jnp.int32(0))
+    _each_tile(plan, refs, tile, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -1,10 +1,12 @@
 """How the Hopper kernels are cut: what is static, which tile comes when, what memory is shared."""
 
 import dataclasses
+import heapq
 import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -13,6 +15,12 @@ from dpfa_jax.pallas.accumulators import GROUP_KEYS, RUN_GROUPS, SHORTEST_GROUP
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, Matrix
 
 LOG2_E = math.log2(math.e)
+
+_OWN_TIME = 3
+"""What a query tile costs beside its key tiles, in key tiles."""
+
+_LONGEST_TABLE = 1 << 16
+"""Tiles beyond which so many fall to each block of the grid that their order hardly matters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,30 +205,71 @@ class Plan:
         Heads whose keys and values fit the cache together are neighbours; among them the longest
         causal rows come first.
         """
-        total = self.batch * self.heads
-        one = 2 * self.keys * (self.key_width + self.value_width)
-        near = max(1, self.shape.nearby // one) * self.group
-        near = min(total, near)
-        size = near * self.query_blocks
+        size = self.near * self.query_blocks
         region, rest = lax.div(tile, jnp.int32(size)), lax.rem(tile, jnp.int32(size))
-        width = jnp.minimum(total - region * near, near)
-        block, head = lax.div(rest, width), lax.rem(rest, width) + region * near
+        width = jnp.minimum(self.batch * self.heads - region * self.near, self.near)
+        block, head = lax.div(rest, width), lax.rem(rest, width) + region * self.near
         if self.spec.is_causal:
             block = self.query_blocks - 1 - block
         return block, lax.rem(head, jnp.int32(self.heads)), lax.div(head, jnp.int32(self.heads))
 
-    def key_range(self, block):
-        """First key tile that a query block sees, and how many: at least one."""
+    @property
+    def near(self) -> int:
+        """Query heads of a region: their keys and values fit the cache together."""
+        one = 2 * self.keys * (self.key_width + self.value_width)
+        return min(self.batch * self.heads, max(1, self.shape.nearby // one) * self.group)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a table says which tiles a block of the grid takes: some tiles see more keys."""
         left, right = self.sides
-        low, high = jnp.int32(0), jnp.int32(self.key_blocks)
-        size = self.shape.block_k
+        return (left, right) != (None, None) and self.tiles <= _LONGEST_TABLE
+
+    def schedule(self) -> np.ndarray:
+        """Each block's number of tiles and the tiles themselves: (programs, 1 + most) int32.
+
+        The tiles in order, each to the block that is free first, as the device itself would place
+        blocks that live for one tile. Taking every `programs`-th tile instead gives some blocks of
+        the grid the longest causal rows of every region.
+        """
+        _, counts = self.key_range(np.arange(self.query_blocks, dtype=np.int32), np)
+        costs = counts + _OWN_TIME
+        size, total = self.near * self.query_blocks, self.batch * self.heads
+        free = [(0, program) for program in range(self.programs)]
+        mine: list[list[int]] = [[] for _ in free]
+        for tile in range(self.tiles):
+            region, rest = divmod(tile, size)
+            block = rest // min(total - region * self.near, self.near)
+            if self.spec.is_causal:
+                block = self.query_blocks - 1 - block
+            time, program = free[0]
+            heapq.heapreplace(free, (time + int(costs[block]), program))
+            mine[program].append(tile)
+        table = np.zeros((self.programs, max(map(len, mine)) + 1), np.int32)
+        for row, tiles in zip(table, mine, strict=True):
+            row[0] = len(tiles)
+            row[1 : 1 + len(tiles)] = tiles
+        return table
+
+    def key_range(self, block, arithmetic=jnp):
+        """First key tile that a query block sees, and how many: at least one.
+
+        Args:
+          block: int32 scalar of a kernel; or an array of `arithmetic`.
+          arithmetic: jnp or np.
+        """
+        left, right = self.sides
+        # Nothing here is negative, and a kernel needs no case for it.
+        quotient = lax.div if arithmetic is jnp else np.floor_divide
+        low, high = arithmetic.int32(0), arithmetic.int32(self.key_blocks)
+        size = arithmetic.int32(self.shape.block_k)
         start = block * self.block_q
         if right is not None:
-            high = lax.div(start + (self.block_q + right + size - 1), jnp.int32(size))
-            high = jnp.clip(high, 1, self.key_blocks)
+            high = quotient(start + (self.block_q + right + size - 1), size)
+            high = arithmetic.clip(high, 1, self.key_blocks)
         if left is not None:
-            low = lax.div(jnp.maximum(start - left, 0), jnp.int32(size))
-            low = jnp.minimum(low, high - 1)
+            low = quotient(arithmetic.maximum(start - left, 0), size)
+            low = arithmetic.minimum(low, high - 1)
         return low, high - low
 
 
