@@ -148,6 +148,48 @@ def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
         assert (cut.flush + 1) * cut.block_k // 4 <= 160
 
 
+def _tile_plan(queries, width, **changes):
+    spec, plans = _spec({**NOISY, **changes}), []
+
+    def trace():
+        operands = _operands(queries=queries, keys=queries, heads=32, kv_heads=16, width=width)
+        plans.append(mosaic_gpu._plan(operands, spec, mosaic_gpu._cut(operands, spec))[0])
+
+    jax.eval_shape(trace)
+    return plans[0]
+
+
+@pytest.mark.parametrize("changes", ({"is_causal": True}, {"window": (500, 0)}))
+@pytest.mark.parametrize(("queries", "width"), [(300, 64), (2048, 128), (4096, 128)])
+def test_schedule_has_every_tile_once_and_gives_all_blocks_as_much_to_do(queries, width, changes):
+    plan = _tile_plan(queries, width, **changes)
+    assert plan.scheduled
+    table = plan.schedule()
+    mine = [row[1 : 1 + row[0]] for row in table]
+    np.testing.assert_array_equal(np.sort(np.concatenate(mine)), np.arange(plan.tiles))
+    # Tile by tile as the kernel places them, not by the table's own costs.
+    block, *_ = jax.vmap(plan.place)(jnp.arange(plan.tiles, dtype=jnp.int32))
+    costs = np.asarray(jax.vmap(plan.key_range)(block)[1]) + 3
+    loads = np.array([costs[tiles].sum() for tiles in mine])
+    assert loads.sum() == costs.sum()
+    # A block that begins last cannot be later than the mean by more than its last tile.
+    assert loads.max() <= loads.mean() + costs.max()
+    every = np.array([costs[first :: plan.programs].sum() for first in range(plan.programs)])
+    assert loads.max() <= every.max()
+    # What the table is for: the formula gives some blocks of the grid the longest rows throughout.
+    assert "window" in changes or queries < 2048 or loads.max() < 0.95 * every.max()
+
+
+def test_key_ranges_are_the_same_in_both_arithmetics():
+    for changes in ({"is_causal": True}, {"window": (70, 30)}, {"window": (0, 0)}, {}):
+        plan = _tile_plan(700, 64, **changes)
+        blocks = np.arange(plan.query_blocks, dtype=np.int32)
+        ours = plan.key_range(blocks, np)
+        kernels = jax.vmap(plan.key_range)(jnp.asarray(blocks))
+        for a, b in zip(ours, kernels, strict=True):
+            np.testing.assert_array_equal(np.broadcast_to(a, blocks.shape), b)
+
+
 def test_column_squares_lowers_for_cuda_without_a_gpu():
     spec = _spec(NOISY)
     traced = jax.jit(lambda operands: mosaic_gpu.column_squares(operands, spec)).trace(_operands())

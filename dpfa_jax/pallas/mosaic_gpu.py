@@ -141,7 +141,8 @@ def _cut(operands: Operands, spec: Spec) -> Shape:
     if width <= 64:
         # The special-function unit is the limit: another order of work is no help.
         slots = 2 if keys <= GROUP_KEYS else 1
-        return Shape(noise="shared", slots=slots, eager=False)
+        turns = slots == 1 and spec.noise == "sums" and not (spec.is_causal or spec.float8_scores)
+        return Shape(noise="shared", slots=slots, eager=False, turns=turns)
     return Shape(noise="shared" if width <= 80 else "global")
 
 

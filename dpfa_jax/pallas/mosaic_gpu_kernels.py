@@ -211,10 +211,18 @@ def _sums(plan: Plan, refs, wg, place, step):
         wait("k_full", slot)
         places = (query, refs["k"].at[slot], refs["v"].at[before])
         scores, summed = products.overlapped(
-            *places, rounded, total, adds(i - 1), *matrices, lambda: wait("v_full", before)
+            *places,
+            rounded,
+            total,
+            adds(i - 1),
+            *matrices,
+            lambda: wait("v_full", before),
+            plan.shape.turns,
         )
         weights, part, best, shrink = weigh(i, slot, scores, mass[0], best, masked)
-        summed = products.finish(summed, rounded, part if plan.shape.eager else None)
+        summed = products.finish(
+            summed, rounded, part if plan.shape.eager else None, plan.shape.turns
+        )
         new = blocks.rounded(weights, plan.dtype)
         arrive("v_empty", before)
         if shrink is not None:
@@ -394,6 +402,8 @@ def forward_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
     @pl.when(thread < compute)
     def _():
         plgpu.set_max_registers(registers[0], action="increase")
+        if plan.shape.turns:
+            products.first_turn()
         _compute_loop(plan, refs, thread)
 
     @pl.when(thread == compute)

@@ -37,6 +37,8 @@ class Shape:
       registers: of the computing, copying and drawing threads, a multiple of 8 each.
       nearby: bytes of keys and values that tiles in flight may read.
       eager: whether the next weights are made before the last sums are waited for.
+      turns: whether two computing warpgroups start products in turn, so that one multiplies while
+        the other makes weights.
     """
 
     block_k: int = 128
@@ -48,6 +50,7 @@ class Shape:
     registers: tuple[int, int, int] = (208, 24, 72)
     nearby: int = 24 << 20
     eager: bool = True
+    turns: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, gpu, llvm
 
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
@@ -161,7 +161,37 @@ def _issue_sums(total, weights, value, matrix, width: int, add):
     return total
 
 
-def overlapped(query_ref, key_ref, value_ref, weights, total, add, key_matrix, value_matrix, wait):
+_FIRST_BARRIER = 10
+"""Of the two named barriers by which turns are passed on; Pallas takes them from the other end."""
+
+
+def _turn(kind: str, other: int):
+    number = arith.addi(arith.xori(_warpgroup(), rg.integer(other)), rg.integer(_FIRST_BARRIER))
+    void = ir.Type.parse("!llvm.void")
+    rg.asm(void, [number], f"bar.{kind} $0, {2 * rg.WARPGROUP};", "r,~{memory}", effects=True)
+
+
+def _warpgroup():
+    """0 or 1: which of two computing warpgroups this is."""
+    number = arith.index_cast(rg.i32(), gpu.thread_id(gpu.Dimension.x))
+    return arith.shrui(number, rg.integer(rg.WARPGROUP.bit_length() - 1))
+
+
+def first_turn():
+    """Gives the first turn to the first of two warpgroups: called once by both."""
+
+    @rg.inline()
+    def run(_):
+        text = f"{{ .reg .pred p; setp.eq.s32 p, $0, 1; @p bar.arrive $1, {2 * rg.WARPGROUP}; }}"
+        given = [_warpgroup(), rg.integer(_FIRST_BARRIER)]
+        rg.asm(ir.Type.parse("!llvm.void"), given, text, "r,r,~{memory}", effects=True)
+
+    run()
+
+
+def overlapped(
+    query_ref, key_ref, value_ref, weights, total, add, key_matrix, value_matrix, wait, turns
+):
     """Starts the next scores and these sums, and waits for the scores alone.
 
     Args:
@@ -174,6 +204,7 @@ def overlapped(query_ref, key_ref, value_ref, weights, total, add, key_matrix, v
       key_matrix: of query and key.
       value_matrix: of value.
       wait: called between the two products: waits for the values.
+      turns: whether two warpgroups start products in turn; `finish` passes the turn on.
 
     Returns:
       Scores, and sums that no one may read before `finish`.
@@ -187,6 +218,8 @@ def overlapped(query_ref, key_ref, value_ref, weights, total, add, key_matrix, v
 
     @rg.inline(arg_types=(key_kind, key_kind), return_type=tile)
     def begin(_, query, key):
+        if turns:
+            _turn("sync", 0)
         pipeline("fence")
         return rg.from_numbers(
             _issue_scores(query, key, key_matrix, next_keys), tile.shape, rg.TILE
@@ -219,7 +252,7 @@ def unset(width: int):
     return run()
 
 
-def finish(total, spent, mass):
+def finish(total, spent, mass, turns: bool):
     """The sums, once no product is in flight.
 
     Args:
@@ -227,6 +260,7 @@ def finish(total, spent, mass):
       spent: the weights that were given to it: their registers are free only now.
       mass: sums of the next weights, which are then made before the wait; None leaves it to the
         assembler.
+      turns: as of `overlapped`.
     """
     masses = () if mass is None else (mass,)
 
@@ -238,6 +272,8 @@ def finish(total, spent, mass):
         words = [llvm.bitcast(rg.i32(), register) for register in spent.registers.flat]
         first = [number for mass in masses for number in rg.numbers(mass)]
         found = wait_group(rg.numbers(total), 0, words, first)
+        if turns:
+            _turn("arrive", 1)
         return rg.from_numbers(found, total.shape, rg.TILE)
 
     return run(total, spent, *masses)
