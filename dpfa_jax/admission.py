@@ -80,16 +80,21 @@ def sanitised(operands: Operands, mechanism: Any) -> Operands:
     )
 
 
-def weighted(module: ModuleType, operands: Operands, mechanism: Any) -> Operands:
+def weighted(module: ModuleType, operands: Operands, mechanism: Any, spec: Spec) -> Operands:
     """The same for a backend that leaves out what is not finite by itself: no copy is made.
 
     Args:
       module: the backend.
       operands: the call's arrays, `log_weights` the caller's alone.
       mechanism: of the call.
+      spec: of the call, of which the noise need not be set yet.
     """
-    bound = _record_bound(mechanism)
-    weights, flags = module.record_log_weights(operands.key, operands.value, bound)
+    bound, records = _record_bound(mechanism), (operands.key, operands.value)
+    if spec.float8_scores and hasattr(module, "narrow_records"):
+        weights, flags, narrow = module.narrow_records(*records, bound)
+        operands = operands._replace(narrow_key=narrow)
+    else:
+        weights, flags = module.record_log_weights(*records, bound)
     operands = operands._replace(log_weights=operands.log_weights + weights, flags=flags)
     return _scaled(operands, mechanism)
 

@@ -65,7 +65,8 @@ def _attend_forward(backend, spec, process, operands):
     else:
         residuals = gaussian_process.forward(operands, process)
         out = reference.answer(spec, *residuals)
-    return out, (operands, residuals)
+    # Gradients are of the rows themselves.
+    return out, (operands._replace(narrow_key=None), residuals)
 
 
 def _attend_backward(backend, spec, process, saved, cotangent):
@@ -303,7 +304,7 @@ def private_attention(
     name = choose_backend(backend, *_asked(operands, spec, mechanism))
     if admission.reads_any_rows(module_of(name), mechanism):
         spec = dataclasses.replace(spec, mark_queries=marked)
-        operands = admission.weighted(module_of(name), operands, mechanism)
+        operands = admission.weighted(module_of(name), operands, mechanism, spec)
         out = _release(operands, spec, mechanism, call, name)
     else:
         query_ok = clipping.finite_rows(query)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from dpfa_jax._typing import Operands, Spec
-from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_gradients, norms, triton
+from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_gradients, mosaic_gpu_records, norms, triton
 
 H200 = """
 gpu_device_info {
@@ -97,6 +97,13 @@ NORMS = {
     "norm Gram, tails": (64, 200, 776, 3080),
     "norm direct": (8, 2048, 768, 768),
     "norm direct, tails": (8, 2000, 776, 776),
+}
+
+# Record weights, (memories, length, heads, width).
+RECORDS = {
+    "records D64": (2, 1000, 16, 64),
+    "records D80": (2, 1000, 12, 80),
+    "records D128": (2, 1000, 40, 128),
 }
 
 # (program, kernel): bytes that may be spilled; what is not here may spill nothing.
@@ -205,6 +212,15 @@ def _norms(case):
     return jax.vmap(norms.product_norm), specs
 
 
+def _records(case):
+    rows = jax.ShapeDtypeStruct(case, jnp.bfloat16)
+
+    def run(key, value):
+        return mosaic_gpu_records.narrow_records(key, value, 1.0)
+
+    return run, (rows, rows)
+
+
 @contextlib.contextmanager
 def _kept_output(folder: str):
     """Mosaic GPU compiles in this process and prints its reports: they go to a file beside."""
@@ -248,6 +264,7 @@ def main() -> None:
         made = {name: _programs(case) for name, case in PROGRAMS.items()}
         made |= {name: _hopper(case) for name, case in HOPPER.items()}
         made |= {name: _norms(case) for name, case in NORMS.items()}
+        made |= {name: _records(case) for name, case in RECORDS.items()}
         for name, (fun, specs) in made.items():
             specs = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for s in specs]
             with _kept_output(folder):

@@ -20,7 +20,8 @@ from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
 from dpfa_jax.pallas.accumulators import rounding as rounding
 from dpfa_jax.pallas.mosaic_gpu_gradients import backward as backward
 from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratch
-from dpfa_jax.pallas.triton_records import record_log_weights as record_log_weights
+from dpfa_jax.pallas.mosaic_gpu_records import narrow_records as narrow_records
+from dpfa_jax.pallas.mosaic_gpu_records import record_log_weights as record_log_weights
 
 READS_ANY_ROWS = True
 """Rows that are not finite are left out, given `record_log_weights`: a batch with such rows takes
@@ -153,10 +154,11 @@ def _plan(
     shift = 15 if operands.key.dtype == jnp.float16 else 0
     operands, offsets = _offsets(operands, spec, shift, shape.block_k)
     query, key, value = operands[:3]
-    dtype = jnp.dtype(key.dtype)
+    dtype = jnp.dtype(value.dtype)
     converts = converts and spec.float8_scores
     if spec.float8_scores:
-        query, key = query if converts else float8.rounded(query), float8.rounded(key)
+        query = query if converts else float8.rounded(query)
+        key = float8.rounded(key) if operands.narrow_key is None else operands.narrow_key
     key, value = _aligned(key), _aligned(value)
     query = _aligned(query, key.shape[3])
     batch, heads, key_width = query.shape[0], *query.shape[2:]
@@ -244,7 +246,7 @@ def forward(
     def repaired(operands):
         # The same kernel on copies, so that a record that is not finite changes no other's sums.
         key, value = (jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)) for x in operands[1:3])
-        finite = operands._replace(key=key, value=value)
+        finite = operands._replace(key=key, value=value, narrow_key=None)
         if spec.mark_queries:
             return _forward(finite, spec, shape)
         known = jnp.all(jnp.isfinite(operands.query), axis=-1)

@@ -165,7 +165,8 @@ def _forward(key, value, bound):
     return (weights, flags), (key, value, weights)
 
 
-def _backward(bound, saved, cotangents):
+def backward(bound, saved, cotangents):
+    """Cotangents of key and value; `saved` are both and the weights."""
     key, value, weights = saved
     none = jnp.zeros_like(key)
     if bound is None:
@@ -177,4 +178,4 @@ def _backward(bound, saved, cotangents):
     return none, (slope[..., None] * kept).astype(value.dtype)
 
 
-record_log_weights.defvjp(_forward, _backward)
+record_log_weights.defvjp(_forward, backward)
