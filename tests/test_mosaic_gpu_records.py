@@ -1,4 +1,4 @@
-"""Which statement does this file keep true? The Hopper kernel weighs records as `triton_records` does.
+"""Which statement does this file keep true? The Hopper kernel weighs records as defined.
 
 It cannot be interpreted: what it computes is compared where there is a GPU of compute capability
 9.0 (tests marked `gpu`).
