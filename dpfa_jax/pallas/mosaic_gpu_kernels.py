@@ -343,12 +343,16 @@ def _answer(plan: Plan, total, mass, noise):
     return ratio, clean, mass, factor
 
 
-def _marked(answer, factor, lost):
-    """NaN for queries that are not finite, which the gradients know by a factor of 0."""
+def _marked(answer, factor, best, lost):
+    """NaN for queries that are not finite, which the gradients know by a factor of 0.
+
+    Beside their maximum, that of no score, weights made anew would be infinite: they get one beside
+    which weights are 0.
+    """
     known = lost == 0
     factor = jnp.where(known, 1.0 if factor is None else factor, 0.0)
     wide = lax.broadcast_in_dim(lost, answer.shape, [0])
-    return answer + wide, factor
+    return answer + wide, factor, jnp.where(known, best, 3e38)
 
 
 def _compute_loop(plan: Plan, refs, wg):
@@ -363,7 +367,7 @@ def _compute_loop(plan: Plan, refs, wg):
             plgpu.barrier_arrive(refs["noise_empty"].at[_slot(index, plan.shape.slots)])
         answer, clean, mass, factor = _answer(plan, total, mass, noise)
         if lost is not None:
-            answer, factor = _marked(answer, factor, lost)
+            answer, factor, best = _marked(answer, factor, best, lost)
         rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
 
         def write(name, array):
