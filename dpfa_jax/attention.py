@@ -189,8 +189,8 @@ def private_attention(
     that a jitted function or a scan closes over would do that at every call, and is refused.
 
     The GPU backends answer a memory with rows that are not finite by a second kernel ("triton") or
-    on copies ("mosaic_gpu", the whole call): that there are such rows, not which, shows in the
-    timing. Backend "xla" takes as long as ever.
+    all of the call by a slower one ("mosaic_gpu"): that there are such rows, not which, shows in
+    the timing. Backend "xla" takes as long as ever.
 
     Args:
       query: (B, T, N, H) in float32, bfloat16 or float16.

@@ -169,6 +169,13 @@ def _sums(plan: Plan, refs, wg, place, step):
     def arrive(name, slot):
         plgpu.barrier_arrive(refs[name].at[slot])
 
+    def wait_values(slot):
+        wait("v_full", slot)
+        if plan.repairs:
+            # Keys may stay as they are: a weight of 0 is 0 whatever the score.
+            blocks.clear_unfinite(refs["v"].at[slot], matrices[1])
+            plgpu.commit_smem()
+
     def weigh(i, slot, scores, mass, best, masked):
         if masked:
             key_start = (low + count - 1 - i) * plan.shape.block_k
@@ -196,6 +203,9 @@ def _sums(plan: Plan, refs, wg, place, step):
         given = refs["given"].at[wg]
         blocks.write_float8(given, query, plan.given, matrices[0])
         plgpu.commit_smem()
+    if plan.repairs and not plan.marks:
+        blocks.clear_rows(query, blocks.unfinite(given, plan.given), matrices[0])
+        plgpu.commit_smem()
     wait("k_full", slot)
     scores = products.scores(query, refs["k"].at[slot], matrices[0])
     on_diagonal = plan.masked or plan.sides[1] is not None
@@ -216,7 +226,7 @@ def _sums(plan: Plan, refs, wg, place, step):
             total,
             adds(i - 1),
             *matrices,
-            lambda: wait("v_full", before),
+            lambda: wait_values(before),
             plan.shape.turns,
         )
         weights, part, best, shrink = weigh(i, slot, scores, mass[0], best, masked)
@@ -272,7 +282,7 @@ def _sums(plan: Plan, refs, wg, place, step):
     slot = _slot(step + count - 1, stages)
     lost = blocks.unfinite(given, plan.given) if plan.marks else None
     arrive("q_empty", wg)
-    wait("v_full", slot)
+    wait_values(slot)
     value = refs["v"].at[slot]
     total = products.sums(value, rounded, total, adds(count - 1), matrices[1])
     arrive("v_empty", slot)
