@@ -101,7 +101,6 @@ def _on_tiles(rows, matrix, body):
         plgpu.copy_gmem_to_smem(source.at[program], tile, full)
         plgpu.barrier_wait(full)
         body(tile)
-        plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tile, target.at[program])
         plgpu.wait_smem_to_gmem(0)
 

@@ -382,6 +382,8 @@ def unfinite(ref, matrix):
 def clear_rows(ref, lost, matrix):
     """Writes zeros to the rows of a tile in shared memory that `unfinite` found.
 
+    The matrix unit may read it then.
+
     Args:
       ref: (64, width).
       lost: (64,) float32, NaN or 0.
@@ -398,6 +400,7 @@ def clear_rows(ref, lost, matrix):
             rg.asm(ir.Type.parse("!llvm.void"), given, text, "r,f,r,~{memory}", effects=True)
 
     run(ref, lost)
+    plgpu.commit_smem()
 
 
 # By dtype: bits of the exponents of the two numbers in a word, and one in the last place of each.
@@ -407,7 +410,7 @@ _EXPONENTS = MappingProxyType({"bf16": (0x7F807F80, 0x00800080), "f16": (0x7C007
 def clear_unfinite(ref, matrix):
     """Writes zeros over the NaN and infinities of a tile in shared memory.
 
-    Two warpgroups may do it at once: both write the same.
+    The matrix unit may read it then. Two warpgroups may do it at once: both write the same.
 
     Args:
       ref: (a multiple of 32, width) of bfloat16 or float16.
@@ -440,6 +443,7 @@ def clear_unfinite(ref, matrix):
             return carry
 
     run(ref)
+    plgpu.commit_smem()
 
 
 def _times(value, number: int):

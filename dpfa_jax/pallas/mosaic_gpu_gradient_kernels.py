@@ -228,14 +228,12 @@ def _compute_loop(plan: Plan, refs, place, wg):
             steps.meet()
             for tile, row in zip(tiles, lost, strict=True):
                 blocks.clear_rows(tile, row, matrix)
-            steps.meet()
         return steps.start(key, part("q", slot, 0), matrix)
 
     plgpu.barrier_wait(refs["k_full"])
     if plan.repairs:
         for rows in (key, value):
             blocks.clear_unfinite(rows, matrix)
-        plgpu.commit_smem()
     (scores,) = steps.wait(0, [begin(jnp.int32(0))])
 
     def one(step, carry):

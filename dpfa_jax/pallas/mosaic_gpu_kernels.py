@@ -174,7 +174,6 @@ def _sums(plan: Plan, refs, wg, place, step):
         if plan.repairs:
             # Keys may stay as they are: a weight of 0 is 0 whatever the score.
             blocks.clear_unfinite(refs["v"].at[slot], matrices[1])
-            plgpu.commit_smem()
 
     def weigh(i, slot, scores, mass, best, masked):
         if masked:
@@ -205,7 +204,6 @@ def _sums(plan: Plan, refs, wg, place, step):
         plgpu.commit_smem()
     if plan.repairs and not plan.marks:
         blocks.clear_rows(query, blocks.unfinite(given, plan.given), matrices[0])
-        plgpu.commit_smem()
     wait("k_full", slot)
     scores = products.scores(query, refs["k"].at[slot], matrices[0])
     on_diagonal = plan.masked or plan.sides[1] is not None
