@@ -13,13 +13,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dpfa_jax.doubleword import add_word, round_after
+from dpfa_jax.doubleword import add_word
+from dpfa_jax.pallas import mosaic_gpu_answers as answers
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
 from dpfa_jax.pallas import mosaic_gpu_products as products
 from dpfa_jax.pallas.accumulators import RUN_GROUPS
 from dpfa_jax.pallas.mosaic_gpu_plan import Plan
-from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, PACKED, ROW, ROWS, TILE
+from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, ROW, ROWS, TILE
 
 _PAIR = 2
 
@@ -308,61 +309,6 @@ def _noise(plan: Plan, refs, wg, index):
     return noise, row
 
 
-def _bounded(ratio, bound):
-    """Rows of ratio·bound scaled to norm ≤ bound, and their factors; rows not finite become 0."""
-    shape = ratio.shape
-    square = jnp.sum(ratio * ratio, axis=1)
-    factor = jnp.minimum(1.0, lax.rsqrt(jnp.maximum(square, 2.0**-120)))
-    finite = square < jnp.inf
-    factor = jnp.where(finite, factor, 0.0)
-    wide = lax.broadcast_in_dim(factor * bound, shape, [0])
-    return jnp.where(lax.broadcast_in_dim(finite, shape, [0]), ratio * wide, 0.0), factor
-
-
-def _answer(plan: Plan, total, mass, noise):
-    """What is made of the sums: noise, ratio, projection."""
-    spec = plan.spec
-    shape = total.shape
-    high, low = mass
-    if plan.shift:
-        unshift = 2.0**-plan.shift
-        total, high, low = total * unshift, high * unshift, low * unshift
-    if spec.noise == "sums":
-        total = noise_blocks.on_grid(total + noise[0], spec)
-    if noise[1] is not None:
-        mass = noise_blocks.on_grid(round_after(high, low, noise[1]), spec, denominator=True)
-    else:
-        mass = high + low
-    total = plgpu.layout_cast(total, PACKED)
-    bound = spec.ball if spec.ball is not None else spec.row_clip
-    unit = 1.0 if bound is None else 1.0 / bound
-    if plan.released:
-        inverse = unit / jnp.maximum(mass, spec.floor)
-        ratio = total * lax.broadcast_in_dim(inverse, shape, [0])
-    else:
-        ratio = total * (unit / spec.floor)
-        mass = mass * 0.0
-    factor = None
-    if bound is not None:
-        ratio, factor = _bounded(ratio, bound)
-    clean = ratio
-    if spec.noise == "rows":
-        ratio = noise_blocks.on_grid(ratio + plgpu.layout_cast(noise[0], PACKED), spec)
-    return ratio, clean, mass, factor
-
-
-def _marked(answer, factor, best, lost):
-    """NaN for queries that are not finite, which the gradients know by a factor of 0.
-
-    Beside their maximum, that of no score, weights made anew would be infinite: they get one beside
-    which weights are 0.
-    """
-    known = lost == 0
-    factor = jnp.where(known, 1.0 if factor is None else factor, 0.0)
-    wide = lax.broadcast_in_dim(lost, answer.shape, [0])
-    return answer + wide, factor, jnp.where(known, best, 3e38)
-
-
 def _compute_loop(plan: Plan, refs, wg):
     """One of the computing warpgroups."""
     staging = refs["stage"]
@@ -373,9 +319,9 @@ def _compute_loop(plan: Plan, refs, wg):
         noise = _noise(plan, refs, wg, index)
         if plan.noisy:
             plgpu.barrier_arrive(refs["noise_empty"].at[_slot(index, plan.shape.slots)])
-        answer, clean, mass, factor = _answer(plan, total, mass, noise)
+        answer, clean, mass, factor = answers.answer(plan, total, mass, noise)
         if lost is not None:
-            answer, factor, best = _marked(answer, factor, best, lost)
+            answer, factor, best = answers.marked(answer, factor, best, lost)
         rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
 
         def write(name, array):
