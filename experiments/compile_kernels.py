@@ -105,7 +105,7 @@ MEMORY = {
     # Keys in eight bits; gradients have queries and keys that were rounded, besides.
     "memory float8": ((4, 4096, 16, 16, 128, {**PRIVATE, "float8_scores": True}), (1.15, 1.52)),
 }
-SPILLED = 80
+SPILLED = 100
 """Bytes that kernels of `MEMORY` may spill: they mark queries, or clear what is not finite."""
 
 # Norms of gradients, (batch, rows, d, p): from Gram tiles, and from tiles of the product.
