@@ -188,8 +188,8 @@ def private_attention(
     with one key releases twice under the same noise, whose difference is exact: split keys. A key
     that a jitted function or a scan closes over would do that at every call, and is refused.
 
-    The GPU backends answer a memory with rows that are not finite by a second kernel ("triton") or
-    all of the call by a slower one ("mosaic_gpu"): that there are such rows, not which, shows in
+    The GPU backends answer a memory with rows that are not finite by a second kernel ("triton"), or
+    take longer over the whole call ("mosaic_gpu"): that there are such rows, not which, shows in
     the timing. Backend "xla" takes as long as ever.
 
     Args:
