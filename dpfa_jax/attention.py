@@ -189,9 +189,9 @@ def private_attention(
     with one key releases twice under the same noise, whose difference is exact: split keys. A key
     that a jitted function or a scan closes over would do that at every call, and is refused.
 
-    The GPU backends answer a memory with rows that are not finite by a second kernel ("triton") or
-    on copies ("mosaic_gpu", the whole call): that there are such rows, not which, shows in the
-    timing. Backend "xla" takes as long as ever.
+    The GPU backends answer a memory with rows that are not finite by a second kernel ("triton"), or
+    take longer over the whole call ("mosaic_gpu"): that there are such rows, not which, shows in
+    the timing. Backend "xla" takes as long as ever.
 
     Args:
       query: (B, T, N, H) in float32, bfloat16 or float16.

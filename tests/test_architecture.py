@@ -31,6 +31,7 @@ LAYERS = (
     " lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_noise pallas.mosaic_gpu_products",
     "pallas.accumulators",
     "pallas.mosaic_gpu_plan",
+    "pallas.mosaic_gpu_answers",
     "accounting.convert accounting.subsample auditing clipping.certificate"
     " clipping._batch per_example.plan pallas.norms"
     " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels"

@@ -25,7 +25,7 @@ from dpfa_jax.pallas.mosaic_gpu_records import record_log_weights as record_log_
 
 READS_ANY_ROWS = True
 """Rows that are not finite are left out, given `record_log_weights`: a batch with such rows takes
-the branch of a `lax.cond` that copies."""
+the branch of a `lax.cond` whose kernel clears them in shared memory."""
 
 FLOAT8_SCORES = True
 """Rows of query and key are rounded to float8_e4m3fn here, where the call asks for it."""
@@ -200,7 +200,7 @@ def _run(body, plan: Plan, inputs: dict, outputs: dict, scratch: dict, programs:
     def kernel(*refs, **shared):
         body(plan, names, *refs, **shared)
 
-    kernel.__name__ = f"dpfa_mosaic_{body.__name__}"
+    kernel.__name__ = f"dpfa_mosaic_{body.__name__}" + "_repair" * plan.repairs
     found = plgpu.kernel(
         kernel,
         out_type=[_shape(*kind, like=arrays[0]) for kind in outputs.values()],
@@ -244,25 +244,24 @@ def forward(
         return _forward(operands, spec, shape)
 
     def repaired(operands):
-        # The same kernel on copies, so that a record that is not finite changes no other's sums.
-        key, value = (jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)) for x in operands[1:3])
-        finite = operands._replace(key=key, value=value, narrow_key=None)
-        if spec.mark_queries:
-            return _forward(finite, spec, shape)
-        known = jnp.all(jnp.isfinite(operands.query), axis=-1)
-        query = jnp.where(known[..., None], operands.query, jnp.zeros((), operands.query.dtype))
-        out, (clean, mass, factor, best) = _forward(finite._replace(query=query), spec, shape)
-        # As in the Triton kernels: gradients know such queries by this sign.
-        factor = jnp.where(jnp.swapaxes(known, 1, 2), factor, -factor)
+        # The same sums in the same order: a record that is not finite changes no other's.
+        out, (clean, mass, factor, best) = _forward(operands, spec, shape, repairs=True)
+        if not spec.mark_queries:
+            known = jnp.all(jnp.isfinite(operands.query), axis=-1)
+            # As in the Triton kernels: gradients know such queries by this sign.
+            factor = jnp.where(jnp.swapaxes(known, 1, 2), factor, -factor)
         return out, (clean, mass, factor, best)
 
     return lax.cond(lost, repaired, plain, operands)
 
 
-def _forward(operands: Operands, spec: Spec, shape: Shape) -> tuple[jax.Array, tuple]:
+def _forward(
+    operands: Operands, spec: Spec, shape: Shape, *, repairs: bool = False
+) -> tuple[jax.Array, tuple]:
     # Without flags contributions may be clipped by `column_squares`, whose scores have to be these
     # bit for bit: both then get queries that were rounded once, outside.
     plan, inputs = _plan(operands, spec, shape, converts=operands.flags is not None)
+    plan = dataclasses.replace(plan, repairs=repairs)
     if plan.noisy:
         inputs["noise_key"] = operands.noise_key
     if plan.scheduled:

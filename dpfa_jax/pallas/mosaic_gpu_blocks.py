@@ -297,11 +297,7 @@ def write_float8(source, target, given, matrix):
         arg_types=(plgpu.RefType(given.transforms), plgpu.RefType(matrix.transforms)),
     )
     def run(_, source, target):
-        i64 = ir.IntegerType.get_signless(64)
-        bases = [
-            arith.trunci(rg.i32(), llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)))
-            for ref in (source, target)
-        ]
+        bases = [_base(ref) for ref in (source, target)]
         row = arith.shrui(rg.thread(), rg.integer(1))
         odd = arith.andi(rg.thread(), rg.integer(1))
         for number in range(matrix.width // 32):
@@ -316,6 +312,27 @@ def write_float8(source, target, given, matrix):
             rg.asm(void, places, text, "r,r,r,~{memory}", effects=True)
 
     run(source, target)
+
+
+def _base(ref):
+    """Address of a ref in shared memory, 32 bits."""
+    i64 = ir.IntegerType.get_signless(64)
+    return arith.trunci(rg.i32(), llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)))
+
+
+def _row_words(ref, matrix):
+    """Address, and offsets of this thread's words of both of its rows of a tile (64, width).
+
+    Chunks of a row are swizzled within it: which word is which is not said.
+    """
+    first, lane = rg.lane_place()
+    tiles = matrix.width * matrix.bytes // matrix.swizzle
+    block = _times(arith.shrui(first, rg.integer(3)), tiles * 8 * matrix.swizzle)
+    inside = _times(arith.andi(first, rg.integer(7)), matrix.swizzle)
+    start = arith.addi(arith.addi(_base(ref), block), arith.addi(inside, _times(lane, 4)))
+    places = [divmod(16 * i, matrix.swizzle) for i in range(matrix.width * matrix.bytes // 16)]
+    offsets = [8 * matrix.swizzle * tile + byte for tile, byte in places]
+    return start, (offsets, [8 * matrix.swizzle * tiles + offset for offset in offsets])
 
 
 # By bytes of a number: a word of shared memory times 0 plus what was there.
@@ -336,7 +353,6 @@ def unfinite(ref, matrix):
       ref: (64, width).
       matrix: its dtype and transforms.
     """
-    words = matrix.swizzle // 4
     half = "f16" if matrix.bytes == 1 else rg.half_name(matrix.dtype)
 
     @rg.inline(
@@ -344,21 +360,11 @@ def unfinite(ref, matrix):
         return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, rg.ROW),
     )
     def run(_, ref):
-        # Chunks of a row are swizzled within it: which word is which does not matter here.
-        first, lane = rg.lane_place()
-        base = arith.trunci(
-            rg.i32(), llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(ref))
-        )
-        tiles = matrix.width * matrix.bytes // matrix.swizzle
-        block = _times(arith.shrui(first, rg.integer(3)), tiles * 8 * matrix.swizzle)
-        inside = _times(arith.andi(first, rg.integer(7)), matrix.swizzle)
-        start = arith.addi(arith.addi(base, block), arith.addi(inside, _times(lane, 4)))
+        start, rows = _row_words(ref, matrix)
         found = []
-        for half_row in range(2):
+        for offsets in rows:
             total = rg.integer(0)
-            for number in range(matrix.width * matrix.bytes // 16):
-                tile, word = divmod(4 * number, words)
-                offset = (half_row * tiles + tile) * 8 * matrix.swizzle + 4 * word
+            for offset in offsets:
                 given = [start, rg.integer(0), total]
                 text = _UNFINITE[matrix.bytes].format(offset=offset, half=half)
                 total = rg.asm(rg.i32(), given, text, "=r,r,r,r,~{memory}", effects=True)
@@ -371,6 +377,73 @@ def unfinite(ref, matrix):
         return rg.from_numbers(found, (ROWS,), rg.ROW)
 
     return run(ref)
+
+
+def clear_rows(ref, lost, matrix):
+    """Writes zeros to the rows of a tile in shared memory that `unfinite` found.
+
+    The matrix unit may read it then.
+
+    Args:
+      ref: (64, width).
+      lost: (64,) float32, NaN or 0.
+      matrix: its dtype and transforms.
+    """
+
+    @rg.inline(arg_types=(plgpu.RefType(matrix.transforms), rg.ROW))
+    def run(_, ref, lost):
+        start, rows = _row_words(ref, matrix)
+        for offsets, row in zip(rows, rg.numbers(lost), strict=True):
+            stores = " ".join(f"@p st.shared.b32 [$0+{offset}], $2;" for offset in offsets)
+            text = f"{{ .reg .pred p; setp.nan.f32 p, $1, $1; {stores} }}"
+            given = [start, row, rg.integer(0)]
+            rg.asm(ir.Type.parse("!llvm.void"), given, text, "r,f,r,~{memory}", effects=True)
+
+    run(ref, lost)
+    plgpu.commit_smem()
+
+
+# By dtype: bits of the exponents of the two numbers in a word, and one in the last place of each.
+_EXPONENTS = MappingProxyType({"bf16": (0x7F807F80, 0x00800080), "f16": (0x7C007C00, 0x04000400)})
+
+
+def clear_unfinite(ref, matrix):
+    """Writes zeros over the NaN and infinities of a tile in shared memory.
+
+    The matrix unit may read it then. Two warpgroups may do it at once: both write the same.
+
+    Args:
+      ref: (a multiple of 32, width) of bfloat16 or float16.
+      matrix: its dtype and transforms.
+    """
+    exponents, one = _EXPONENTS[rg.half_name(matrix.dtype)]
+    size = 8 * rg.WARPGROUP  # bytes of all threads at a time, two words each
+    count = ref.shape[0] * matrix.width * matrix.bytes // size
+
+    @rg.inline(arg_types=(plgpu.RefType(matrix.transforms),))
+    def run(_, ref):
+        start = arith.addi(_base(ref), _times(rg.thread(), 8))
+
+        @mgpu.utils.fori(rg.integer(count), [])
+        def clear(number, carry):
+            place = arith.addi(start, _times(number, size))
+            pair = llvm.StructType.get_literal([rg.i32()] * 2)
+            text = "ld.shared.v2.b32 {$0, $1}, [$2];"
+            words = rg.asm(pair, [place], text, "=r,=r,r,~{memory}", effects=True)
+            found = []
+            for i in range(2):
+                word = llvm.extractvalue(rg.i32(), words, [i])
+                # One more in the last place of an exponent that is all ones fills the sign's place.
+                raised = arith.addi(arith.andi(word, rg.integer(exponents)), rg.integer(one))
+                signs = arith.andi(raised, rg.integer(0x80008000))
+                lost = _times(arith.shrui(signs, rg.integer(15)), 0xFFFF)
+                found.append(arith.andi(word, arith.xori(lost, rg.integer(-1))))
+            void, text = ir.Type.parse("!llvm.void"), "st.shared.v2.b32 [$0], {$1, $2};"
+            rg.asm(void, [place, *found], text, "r,r,r,~{memory}", effects=True)
+            return carry
+
+    run(ref)
+    plgpu.commit_smem()
 
 
 def _times(value, number: int):

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax._typing import Spec
+from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 from dpfa_jax.pallas import mosaic_gpu_gradient_blocks as steps
 from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E
 from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, ROW, ROWS, TILE, Matrix
@@ -37,6 +38,7 @@ class Plan:
       dtype: of the matrix products.
       offsets: 1 or B: batch size of the offsets.
       rows: names of the float32 numbers that each query has.
+      repairs: whether keys and values that are not finite count as 0, and queries as rows of zeros.
       block_q: queries of one tile, 64 or 128.
       stages: tiles of queries in shared memory.
       registers: of the computing and the copying threads, a multiple of 8 each.
@@ -53,6 +55,7 @@ class Plan:
     dtype: Any
     offsets: int
     rows: tuple[str, ...]
+    repairs: bool = False
     block_q: int = 64
     stages: int = 2
     registers: tuple[int, int] = (240, 24)
@@ -215,9 +218,23 @@ def _compute_loop(plan: Plan, refs, place, wg):
     def part(name, slot, number):
         return refs[name].at[slot, pl.ds(number * ROWS, ROWS)]
 
+    def begin(slot):
+        """Scores of a tile's first part, on their way."""
+        plgpu.barrier_wait(refs["q_full"].at[slot])
+        if plan.repairs:
+            tiles = [part("q", slot, number) for number in range(parts)]
+            lost = [blocks.unfinite(tile, matrix) for tile in tiles]
+            # Neither warpgroup clears a row that the other has not seen.
+            steps.meet()
+            for tile, row in zip(tiles, lost, strict=True):
+                blocks.clear_rows(tile, row, matrix)
+        return steps.start(key, part("q", slot, 0), matrix)
+
     plgpu.barrier_wait(refs["k_full"])
-    plgpu.barrier_wait(refs["q_full"].at[0])
-    (scores,) = steps.wait(0, [steps.start(key, part("q", 0, 0), matrix)])
+    if plan.repairs:
+        for rows in (key, value):
+            blocks.clear_unfinite(rows, matrix)
+    (scores,) = steps.wait(0, [begin(jnp.int32(0))])
 
     def one(step, carry):
         scores, d_key, d_value, d_bias = carry
@@ -262,8 +279,7 @@ def _compute_loop(plan: Plan, refs, place, wg):
         steps.meet()
         (d_value,) = steps.wait(1, [d_value], [words])
         d_query = steps.start_transposed(kept, refs["k"], wg, score_matrix, matrix)
-        plgpu.barrier_wait(refs["q_full"].at[after])
-        scores = steps.start(key, part("q", after, 0), matrix)
+        scores = begin(after)
         d_query, d_key = steps.wait(1, [d_query, d_key], [found])
         plgpu.barrier_arrive(refs["empty"].at[slot])
         head = kv_head * plan.group + member

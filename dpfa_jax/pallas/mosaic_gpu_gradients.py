@@ -121,7 +121,7 @@ def _run(plan: Plan, inputs: dict) -> tuple:
         output((plan.batch, plan.heads // plan.group, padded), jnp.float32),
     ]
     sums = jax.new_ref(jnp.zeros(plan.sums, jnp.float32))
-    name = "dpfa_mosaic_gradient_kernel"
+    name = "dpfa_mosaic_gradient_kernel" + "_repair" * plan.repairs
     run: Any = pl.kernel(
         body,
         out_type=outputs,
@@ -143,17 +143,6 @@ def _run(plan: Plan, inputs: dict) -> tuple:
     # Inside `shard_map` a ref cannot be marked as different on every shard, what it holds can.
     held, _ = _primitives.vary_alike(jax.freeze(sums), key)
     return steps.in_order(held, plan.block_q, plan.width) * plan.spec.scale, *found
-
-
-def _finite(operands: Operands, factor: jax.Array) -> Operands:
-    """Zeros in place of what is not finite; such queries have no positive factor."""
-
-    def clean(rows):
-        return jnp.where(jnp.isfinite(rows), rows, jnp.zeros((), rows.dtype))
-
-    known = jnp.swapaxes(factor, 1, 2)[..., None] > 0
-    query = jnp.where(known, operands.query, jnp.zeros((), operands.query.dtype))
-    return operands._replace(query=query, key=clean(operands.key), value=clean(operands.value))
 
 
 def backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Array) -> tuple:
@@ -199,7 +188,8 @@ def fused(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Array
     lost = jnp.any(operands.flags != 0) | jnp.any(factor <= 0)
 
     def repaired(operands):
-        d_query, *others = _backward(_finite(operands, factor), spec, residuals, cotangent)[:4]
+        found = _backward(operands, spec, residuals, cotangent, repairs=True)
+        d_query, *others = found[:4]
         known = jnp.swapaxes(factor, 1, 2)[..., None] > 0
         return jnp.where(known, d_query, 0.0).astype(d_query.dtype), *others
 
@@ -209,7 +199,14 @@ def fused(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Array
     return *lax.cond(lost, repaired, plain, operands), None
 
 
-def _backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Array) -> tuple:
+def _backward(
+    operands: Operands,
+    spec: Spec,
+    residuals: tuple,
+    cotangent: jax.Array,
+    *,
+    repairs: bool = False,
+) -> tuple:
     given = operands
     operands, bias = triton.fold_masks(operands, spec)
     clean, mass, factor, best = residuals
@@ -235,6 +232,7 @@ def _backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.A
         dtype=jnp.dtype(given.key.dtype),
         offsets=bias.shape[0],
         rows=tuple(rows),
+        repairs=repairs,
         block_q=128 if width == 64 else 64,
     )
     tail = ((0, 0), (0, 0), (0, plan.query_blocks * plan.block_q - queries))

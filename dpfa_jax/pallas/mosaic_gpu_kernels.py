@@ -13,13 +13,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dpfa_jax.doubleword import add_word, round_after
+from dpfa_jax.doubleword import add_word
+from dpfa_jax.pallas import mosaic_gpu_answers as answers
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
 from dpfa_jax.pallas import mosaic_gpu_products as products
 from dpfa_jax.pallas.accumulators import RUN_GROUPS
 from dpfa_jax.pallas.mosaic_gpu_plan import Plan
-from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, PACKED, ROW, ROWS, TILE
+from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, ROW, ROWS, TILE
 
 _PAIR = 2
 
@@ -169,6 +170,12 @@ def _sums(plan: Plan, refs, wg, place, step):
     def arrive(name, slot):
         plgpu.barrier_arrive(refs[name].at[slot])
 
+    def wait_values(slot):
+        wait("v_full", slot)
+        if plan.repairs:
+            # Keys may stay as they are: a weight of 0 is 0 whatever the score.
+            blocks.clear_unfinite(refs["v"].at[slot], matrices[1])
+
     def weigh(i, slot, scores, mass, best, masked):
         if masked:
             key_start = (low + count - 1 - i) * plan.shape.block_k
@@ -196,6 +203,8 @@ def _sums(plan: Plan, refs, wg, place, step):
         given = refs["given"].at[wg]
         blocks.write_float8(given, query, plan.given, matrices[0])
         plgpu.commit_smem()
+    if plan.repairs and not plan.marks:
+        blocks.clear_rows(query, blocks.unfinite(given, plan.given), matrices[0])
     wait("k_full", slot)
     scores = products.scores(query, refs["k"].at[slot], matrices[0])
     on_diagonal = plan.masked or plan.sides[1] is not None
@@ -216,7 +225,7 @@ def _sums(plan: Plan, refs, wg, place, step):
             total,
             adds(i - 1),
             *matrices,
-            lambda: wait("v_full", before),
+            lambda: wait_values(before),
             plan.shape.turns,
         )
         weights, part, best, shrink = weigh(i, slot, scores, mass[0], best, masked)
@@ -272,7 +281,7 @@ def _sums(plan: Plan, refs, wg, place, step):
     slot = _slot(step + count - 1, stages)
     lost = blocks.unfinite(given, plan.given) if plan.marks else None
     arrive("q_empty", wg)
-    wait("v_full", slot)
+    wait_values(slot)
     value = refs["v"].at[slot]
     total = products.sums(value, rounded, total, adds(count - 1), matrices[1])
     arrive("v_empty", slot)
@@ -300,57 +309,6 @@ def _noise(plan: Plan, refs, wg, index):
     return noise, row
 
 
-def _bounded(ratio, bound):
-    """Rows of ratio·bound scaled to norm ≤ bound, and their factors; rows not finite become 0."""
-    shape = ratio.shape
-    square = jnp.sum(ratio * ratio, axis=1)
-    factor = jnp.minimum(1.0, lax.rsqrt(jnp.maximum(square, 2.0**-120)))
-    finite = square < jnp.inf
-    factor = jnp.where(finite, factor, 0.0)
-    wide = lax.broadcast_in_dim(factor * bound, shape, [0])
-    return jnp.where(lax.broadcast_in_dim(finite, shape, [0]), ratio * wide, 0.0), factor
-
-
-def _answer(plan: Plan, total, mass, noise):
-    """What is made of the sums: noise, ratio, projection."""
-    spec = plan.spec
-    shape = total.shape
-    high, low = mass
-    if plan.shift:
-        unshift = 2.0**-plan.shift
-        total, high, low = total * unshift, high * unshift, low * unshift
-    if spec.noise == "sums":
-        total = noise_blocks.on_grid(total + noise[0], spec)
-    if noise[1] is not None:
-        mass = noise_blocks.on_grid(round_after(high, low, noise[1]), spec, denominator=True)
-    else:
-        mass = high + low
-    total = plgpu.layout_cast(total, PACKED)
-    bound = spec.ball if spec.ball is not None else spec.row_clip
-    unit = 1.0 if bound is None else 1.0 / bound
-    if plan.released:
-        inverse = unit / jnp.maximum(mass, spec.floor)
-        ratio = total * lax.broadcast_in_dim(inverse, shape, [0])
-    else:
-        ratio = total * (unit / spec.floor)
-        mass = mass * 0.0
-    factor = None
-    if bound is not None:
-        ratio, factor = _bounded(ratio, bound)
-    clean = ratio
-    if spec.noise == "rows":
-        ratio = noise_blocks.on_grid(ratio + plgpu.layout_cast(noise[0], PACKED), spec)
-    return ratio, clean, mass, factor
-
-
-def _marked(answer, factor, lost):
-    """NaN for queries that are not finite, which the gradients know by a factor of 0."""
-    known = lost == 0
-    factor = jnp.where(known, 1.0 if factor is None else factor, 0.0)
-    wide = lax.broadcast_in_dim(lost, answer.shape, [0])
-    return answer + wide, factor
-
-
 def _compute_loop(plan: Plan, refs, wg):
     """One of the computing warpgroups."""
     staging = refs["stage"]
@@ -361,9 +319,9 @@ def _compute_loop(plan: Plan, refs, wg):
         noise = _noise(plan, refs, wg, index)
         if plan.noisy:
             plgpu.barrier_arrive(refs["noise_empty"].at[_slot(index, plan.shape.slots)])
-        answer, clean, mass, factor = _answer(plan, total, mass, noise)
+        answer, clean, mass, factor = answers.answer(plan, total, mass, noise)
         if lost is not None:
-            answer, factor = _marked(answer, factor, lost)
+            answer, factor, best = answers.marked(answer, factor, best, lost)
         rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
 
         def write(name, array):

@@ -76,6 +76,7 @@ class Plan:
       key_dtype: of query and key, that of the values or float8_e4m3fn.
       converts: whether queries come in `dtype` and are rounded to `key_dtype` in the kernel.
       marks: whether queries that are not finite are answered by NaN.
+      repairs: whether values that are not finite count as 0, and queries as rows of zeros.
     """
 
     spec: Spec
@@ -96,6 +97,7 @@ class Plan:
     key_dtype: Any = None
     converts: bool = False
     marks: bool = False
+    repairs: bool = False
 
     def __post_init__(self):
         group = self.shape.flush * self.shape.block_k
