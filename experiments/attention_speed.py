@@ -213,6 +213,7 @@ def _times(program, given, iterations: int, kernel: str | None) -> list[float]:
     from jax.experimental.mosaic.gpu import profiler
 
     runs = profiler.measure(program, iterations=iterations, aggregate=False)(*given)[1]
+    assert runs is not None, "CUPTI saw no kernel at all"
     for run in runs:
         if kernel is not None and not any(kernel in name for name, _ in run):
             raise RuntimeError(f"No kernel named {kernel} was seen, only {[x for x, _ in run]}.")
@@ -260,11 +261,15 @@ def measure(settings: Settings, passes: tuple[str, ...] = PASSES) -> list[dict]:
             )
             return None
 
-    found = [(case, lower(case)) for case in cases]
-    cases = [case for case, program in found if program is not None]
-    lowered = [program for _, program in found if program is not None]
     with concurrent.futures.ThreadPoolExecutor(14) as pool:
-        programs = list(pool.map(compiled, cases, lowered))
+        # What is lowered compiles while the next is lowered.
+        waiting = []
+        for case in cases:
+            program = lower(case)
+            if program is not None:
+                waiting.append((case, pool.submit(compiled, case, program)))
+        cases = [case for case, _ in waiting]
+        programs = [future.result() for _, future in waiting]
     run_id, rows, arrays, held = uuid.uuid4().hex[:12], [], (), ""
     plain = None
     for (name, which, label, _), program in zip(cases, programs, strict=True):

@@ -39,6 +39,7 @@ LAYERS = (
     "per_example.norms",
     "per_example.rules per_example.keep",
     "pallas.triton_gradients pallas.triton_calls pallas.mosaic_gpu_gradient_kernels"
+    " pallas.mosaic_gpu_records"
     " clipping.groups clipping.adaptive",
     "per_example.evaluate clipping.bounded",
     "per_example",
