@@ -164,3 +164,23 @@ def test_lowers_for_cuda_without_a_gpu(narrow):
     traced = jax.jit(lambda k, v: run(k, v, 1.0)).trace(rows, rows)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "dpfa_mosaic_record_kernel" in text
+
+
+def test_lowers_under_shard_map_scan_and_grad():
+    rows = np.ones((2, 40, 3, 64), np.float32)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    here = jax.sharding.PartitionSpec("x")
+
+    def loss(value, key):
+        weights, _ = mosaic_gpu_records.record_log_weights(key, value, 1.0)
+        return weights.sum()
+
+    def run(rows):
+        rows = rows.astype(jnp.bfloat16)
+        step = jax.checkpoint(jax.grad(loss))
+        return jax.lax.scan(lambda c, _: (c, step(rows, rows)), 0, None, length=2)[1][0]
+
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=here, out_specs=here)
+    with jax.set_mesh(mesh):
+        text = jax.jit(sharded).trace(rows).lower(lowering_platforms=("cuda",)).as_text()
+    assert "dpfa_mosaic_record_kernel" in text

@@ -179,6 +179,17 @@ def _rare(plan: _Plan, key, value, lost, record):
 
 
 def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
+    """One block of the grid.
+
+    Args:
+      plan: what is static.
+      key: (rows, H) of all memories.
+      value: (rows, h).
+      weights: (rows,) float32, is written.
+      flags: (blocks of all memories,) int32, is written.
+      narrow_and_lost: (rows, H) of float8_e4m3fn, is written, or nothing; and `records` + 1 words
+        of shared memory: whether any record has a row that is not finite, and each of them.
+    """
     *narrow, lost = narrow_and_lost
     share, heads = plan.share, plan.heads
     at_once = _LANES // share

@@ -1,6 +1,7 @@
 """Do the kernels read and write only what is theirs, and wait for each other where they must?
 
-    python3 -m tests.pallas.sanitize      # on a GPU; `make sanitize`
+    python3 -m tests.pallas.sanitize                           # on a GPU; `make sanitize`
+    python3 -m tests.pallas.sanitize --only "memcheck broken"  # one of them
 
 `compute-sanitizer` runs small calls, forward and backward, with its memory and race checkers. A
 kernel that writes past its array is run beside them, and has to be caught. Every array has an
@@ -90,14 +91,18 @@ def _programs() -> dict[str, tuple[str, str]]:
     if getattr(jax.devices()[0], "compute_capability", "") == "9.0":
         backends.append("mosaic_gpu")
     found = {f"{t} {b}": (t, b) for t in ("memcheck", "racecheck") for b in backends}
-    return found | {"memcheck broken": ("memcheck", "broken")}
+    return {"memcheck broken": ("memcheck", "broken")} | found
 
 
-def check() -> int:
+def check(only: str | None = None) -> int:
     """Runs the checkers side by side; prints their reports; 0 if all is as it should be."""
     os.environ |= SETTINGS  # before this process, too, asks for its devices
-    running = {}
-    for name, (tool, what) in _programs().items():
+    programs, running = _programs(), {}
+    if only is not None:
+        if only not in programs:
+            sys.exit(f"Expected --only to be one of {', '.join(programs)}; got {only!r}.")
+        programs = {only: programs[only]}
+    for name, (tool, what) in programs.items():
         command = (
             *("compute-sanitizer", "--tool", tool, "--kernel-name", "kns=dpfa"),
             *("--report-api-errors", "no", "--error-exitcode", "1", "--print-limit", "10"),
@@ -128,9 +133,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", choices=("triton", "mosaic_gpu", "broken"), help="one program")
+    parser.add_argument("--only", help="one of the checks, by the name that it is reported by")
     given = parser.parse_args()
     if given.run is None:
-        sys.exit(check())
+        sys.exit(check(given.only))
     if given.run == "broken":
         write_past_the_end()
     else:
