@@ -137,6 +137,13 @@ def test_groups_that_are_not_charged_for_are_refused(block_k):
         mosaic_gpu.forward(operands, _spec(NOISY), shape=shape)
 
 
+def test_turns_of_one_or_three_warpgroups_are_refused():
+    for compute in (1, 3):
+        shape = mosaic_gpu.Shape(compute=compute, turns=True)
+        with pytest.raises(ValueError, match="two computing warpgroups"):
+            mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
+
+
 def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
     masks = ({}, {"is_causal": True}, {"window": (60, 30)})
     for width, keys, mask in itertools.product((16, 64, 80, 128, 256), (300, 700, 9000), masks):

@@ -100,6 +100,11 @@ class Plan:
     repairs: bool = False
 
     def __post_init__(self):
+        if self.shape.turns and self.shape.compute != 2:
+            raise ValueError(
+                f"Expected two computing warpgroups to take turns, got compute="
+                f"{self.shape.compute}, which would wait for ever; pass turns=False."
+            )
         group = self.shape.flush * self.shape.block_k
         if self.spec.noise == "sums" and not SHORTEST_GROUP <= group <= GROUP_KEYS:
             raise ValueError(
