@@ -147,12 +147,12 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper float16", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper window", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 20,
-    ("D128 hopper window", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 108,
+    ("D128 hopper window", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 32,
     ("norm Gram, tails", "dpfa_gram_kernel"): 200,
     ("D128 hopper causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 36,
     ("D64 hopper window", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 20,
     ("D128 hopper float8 causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
-    ("D128 hopper float8 causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 32,
+    ("D128 hopper float8 causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper float8 causal", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 12,
 }
 

@@ -122,22 +122,17 @@ def _noise_loop(plan: Plan, refs):
 
 def _visible(plan: Plan, start, key_start, refs, batch, query_ids) -> Any:
     """Boolean (64, block_k): pairs that may meet."""
-    shape = (ROWS, plan.shape.block_k)
-
-    def iota(axis):
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
-
-    rows, keys = iota(0) + start, iota(1) + key_start
+    size = plan.shape.block_k
     left, right = plan.sides
     allowed = None
-    if right is not None:
-        allowed = keys - rows <= right
-    if left is not None:
-        near = rows - keys <= left
-        allowed = near if allowed is None else allowed & near
+    if plan.sides != (None, None):
+        # Positions by row and by column: the layout's own place of every number costs far more.
+        rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + start
+        keys = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=COLUMN) + key_start
+        allowed = blocks.seen(rows, keys, left, right)
     if plan.segments:
         memory = _shared_index(plan.memories, batch)
-        source = refs["key_segments"].at[memory, pl.ds(key_start, shape[1])]
+        source = refs["key_segments"].at[memory, pl.ds(key_start, size)]
         same = blocks.same(query_ids, plgpu.load(source, layout=COLUMN, optimized=False))
         allowed = same if allowed is None else allowed & same
     return allowed
