@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dpfa_jax.doubleword import add_word
 from dpfa_jax.pallas import mosaic_gpu_answers as answers
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
+from dpfa_jax.pallas import mosaic_gpu_masks as masks
 from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
 from dpfa_jax.pallas import mosaic_gpu_products as products
 from dpfa_jax.pallas.accumulators import RUN_GROUPS
@@ -129,11 +130,11 @@ def _visible(plan: Plan, start, key_start, refs, batch, query_ids) -> Any:
         # Positions by row and by column: the layout's own place of every number costs far more.
         rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + start
         keys = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=COLUMN) + key_start
-        allowed = blocks.seen(rows, keys, left, right)
+        allowed = masks.seen(rows, keys, left, right)
     if plan.segments:
         memory = _shared_index(plan.memories, batch)
         source = refs["key_segments"].at[memory, pl.ds(key_start, size)]
-        same = blocks.same(query_ids, plgpu.load(source, layout=COLUMN, optimized=False))
+        same = masks.same(query_ids, plgpu.load(source, layout=COLUMN, optimized=False))
         allowed = same if allowed is None else allowed & same
     return allowed
 
