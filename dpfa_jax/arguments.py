@@ -94,6 +94,10 @@ def floating(name: str, value: Any) -> jax.Array:
     return array
 
 
+_FARTHEST = 2**30
+"""More keys than any sequence has."""
+
+
 def window(size: Any) -> tuple[int, int] | None:
     """(left, right) of a window given as one number or two, or None."""
     if size is None:
@@ -102,7 +106,8 @@ def window(size: Any) -> tuple[int, int] | None:
     if len(pair) != 2:
         raise ValueError(f"Expected local_window_size to be an int or (left, right), got {size!r}.")
     left, right = (_check.integer("local_window_size", side, low=0) for side in pair)
-    return left, right
+    # Positions are int32, and a side that reaches past them all must not overflow beside one.
+    return min(left, _FARTHEST), min(right, _FARTHEST)
 
 
 def boolean_mask(mask: Any, call: Call) -> jax.Array | None:

@@ -307,6 +307,27 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("backend", ("xla", "triton"))
+@pytest.mark.parametrize("side", (2**30, 2**31 - 1, 2**40))
+def test_windows_past_all_positions_are_no_limit(backend, side):
+    rows = jax.random.normal(jax.random.key(0), (1, 40, 2, 16))
+
+    def run(window):
+        return dpfa_jax.private_attention(
+            rows,
+            rows,
+            rows,
+            mechanism=dpfa_jax.NonPrivate(),
+            rng=None,
+            queries="public",
+            local_window_size=window,
+            backend=backend,
+        )
+
+    np.testing.assert_array_equal(run((side, side)), run((39, 39)))
+    np.testing.assert_array_equal(run((3, side)), run((3, 39)))
+
+
 @pytest.mark.parametrize("case", HOSTILE)
 def test_private_attention_refuses_what_it_cannot_honour(case):
     changes, error, says = HOSTILE[case]
