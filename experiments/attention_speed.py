@@ -73,7 +73,8 @@ FORWARD_ONLY = {
     *("triton_plain", "mosaic_plain", "mosaic_plain_fp8", "tokamax_no_max"),
     "Llama-70B",
 }
-"""What says where time goes, and not how far the private call is from its rivals."""
+"""Implementations that say where time goes, not how far private calls are from their rivals; and
+the shape of which only answers a second are asked."""
 
 
 def _private(
@@ -213,7 +214,8 @@ def _times(program, given, iterations: int, kernel: str | None) -> list[float]:
     from jax.experimental.mosaic.gpu import profiler
 
     runs = profiler.measure(program, iterations=iterations, aggregate=False)(*given)[1]
-    assert runs is not None, "CUPTI saw no kernel at all"
+    if runs is None:
+        raise RuntimeError("CUPTI saw no kernel at all.")
     for run in runs:
         if kernel is not None and not any(kernel in name for name, _ in run):
             raise RuntimeError(f"No kernel named {kernel} was seen, only {[x for x, _ in run]}.")

@@ -230,11 +230,16 @@ def _calls(case):
     query = jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((batch, length, kv_heads, width), jnp.bfloat16)
     data = jax.ShapeDtypeStruct((8,), jnp.uint32)
-    weigh: Any = functools.partial(mosaic_gpu.record_log_weights, bound=30.0)
+    records = mosaic_gpu.record_log_weights
+    if spec.float8_scores:
+        records = mosaic_gpu.narrow_records
+    weigh: Any = functools.partial(records, bound=30.0)
 
     def call(query, key, value, data):
-        weights, flags = weigh(key, value)
+        weights, flags, *narrow = weigh(key, value)
         operands = Operands(query, key, value, weights, noise_key=data, flags=flags)
+        if narrow:
+            operands = operands._replace(narrow_key=narrow[0])
         out, residuals = mosaic_gpu.forward(operands, spec)
         return operands, out, residuals
 

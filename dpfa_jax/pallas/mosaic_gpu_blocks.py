@@ -276,15 +276,9 @@ def write_float8(source, target, given, matrix):
       given: how the source lies.
       matrix: how the target lies.
     """
-    convert = "cvt.rn.satfinite.e4m3x2.f16x2 {half}, {word};"
-    if rg.half_name(given.dtype) == "bf16":
-        convert = (
-            "shl.b32 low, {word}, 16; and.b32 high, {word}, 0xFFFF0000;"
-            " mov.b32 a, low; mov.b32 b, high; cvt.rn.satfinite.e4m3x2.f32 {half}, b, a;"
-        )
-    parts = []
+    half, parts = rg.half_name(given.dtype), []
     for i in range(4):
-        pair = (convert.format(half=f"h{j}", word=f"w{2 * i + j}") for j in range(2))
+        pair = (rg.to_float8(half, f"w{2 * i + j}", f"h{j}") for j in range(2))
         parts += [*pair, f"mov.b32 o{i}, {{h0, h1}};"]
     text = (
         "{ .reg .b32 w<8>, o<4>, low, high; .reg .f32 a, b; .reg .b16 h<2>;"

@@ -209,19 +209,23 @@ class Plan:
         """Of queries as they are copied in."""
         return Matrix(self.key_width, self.dtype) if self.converts else self.matrices[0]
 
-    def place(self, tile):
+    def place(self, tile, arithmetic=jnp):
         """Tile number → (query block, head, batch).
 
         Heads whose keys and values fit the cache together are neighbours; among them the longest
         causal rows come first.
+
+        Args:
+          tile: int32 scalar of a kernel; or an array of `arithmetic`.
+          arithmetic: jnp or np.
         """
-        size = self.near * self.query_blocks
-        region, rest = lax.div(tile, jnp.int32(size)), lax.rem(tile, jnp.int32(size))
-        width = jnp.minimum(self.batch * self.heads - region * self.near, self.near)
-        block, head = lax.div(rest, width), lax.rem(rest, width) + region * self.near
+        region, rest = _divided(tile, self.near * self.query_blocks, arithmetic)
+        width = arithmetic.minimum(self.batch * self.heads - region * self.near, self.near)
+        block, head = _divided(rest, width, arithmetic)
+        batch, head = _divided(head + region * self.near, self.heads, arithmetic)
         if self.spec.is_causal:
             block = self.query_blocks - 1 - block
-        return block, lax.rem(head, jnp.int32(self.heads)), lax.div(head, jnp.int32(self.heads))
+        return block, head, batch
 
     @property
     def near(self) -> int:
@@ -242,18 +246,13 @@ class Plan:
         blocks that live for one tile. Taking every `programs`-th tile instead gives some blocks of
         the grid the longest causal rows of every region.
         """
-        _, counts = self.key_range(np.arange(self.query_blocks, dtype=np.int32), np)
-        costs = counts + _OWN_TIME
-        size, total = self.near * self.query_blocks, self.batch * self.heads
+        blocks, *_ = self.place(np.arange(self.tiles, dtype=np.int32), np)
+        costs = self.key_range(blocks, np)[1] + _OWN_TIME
         free = [(0, program) for program in range(self.programs)]
         mine: list[list[int]] = [[] for _ in free]
-        for tile in range(self.tiles):
-            region, rest = divmod(tile, size)
-            block = rest // min(total - region * self.near, self.near)
-            if self.spec.is_causal:
-                block = self.query_blocks - 1 - block
+        for tile, cost in enumerate(costs.tolist()):
             time, program = free[0]
-            heapq.heapreplace(free, (time + int(costs[block]), program))
+            heapq.heapreplace(free, (time + cost, program))
             mine[program].append(tile)
         table = np.zeros((self.programs, max(map(len, mine)) + 1), np.int32)
         for row, tiles in zip(table, mine, strict=True):
@@ -269,18 +268,23 @@ class Plan:
           arithmetic: jnp or np.
         """
         left, right = self.sides
-        # Nothing here is negative, and a kernel needs no case for it.
-        quotient = lax.div if arithmetic is jnp else np.floor_divide
         low, high = arithmetic.int32(0), arithmetic.int32(self.key_blocks)
         size = arithmetic.int32(self.shape.block_k)
         start = block * self.block_q
         if right is not None:
-            high = quotient(start + (self.block_q + right + size - 1), size)
+            high, _ = _divided(start + (self.block_q + right + size - 1), size, arithmetic)
             high = arithmetic.clip(high, 1, self.key_blocks)
         if left is not None:
-            low = quotient(arithmetic.maximum(start - left, 0), size)
+            low, _ = _divided(arithmetic.maximum(start - left, 0), size, arithmetic)
             low = arithmetic.minimum(low, high - 1)
         return low, high - low
+
+
+def _divided(number, by, arithmetic):
+    """Quotient and remainder of what is not negative, for which a kernel needs no case."""
+    if arithmetic is np:
+        return np.divmod(number, by)
+    return lax.div(number, jnp.int32(by)), lax.rem(number, jnp.int32(by))
 
 
 def scratch(plan: Plan) -> dict:

@@ -39,6 +39,22 @@ def half_name(dtype) -> str:
     return "bf16" if dtype == jnp.bfloat16 else "f16"
 
 
+def to_float8(half: str, word: str, out: str) -> str:
+    """PTX that rounds two numbers to nearest in float8_e4m3fn, ±448 where they are larger.
+
+    Args:
+      half: "bf16" or "f16", of the numbers.
+      word: name of the 32 bits that hold them.
+      out: name of 16 bits. `low` and `high` of 32 bits, `a` and `b` of float32 are used up.
+    """
+    if half == "f16":
+        return f"cvt.rn.satfinite.e4m3x2.f16x2 {out}, {word};"
+    return (
+        f"shl.b32 low, {word}, 16; and.b32 high, {word}, 0xFFFF0000;"
+        f" mov.b32 a, low; mov.b32 b, high; cvt.rn.satfinite.e4m3x2.f32 {out}, b, a;"
+    )
+
+
 def hex_float(number: float) -> str:
     """A float32 constant as PTX writes it."""
     return "0f" + struct.pack(">f", number).hex().upper()

@@ -166,7 +166,13 @@ def _forward(key, value, bound):
 
 
 def backward(bound, saved, cotangents):
-    """Cotangents of key and value; `saved` are both and the weights."""
+    """Gradients of the weights' logarithms in key, which are 0, and value.
+
+    Args:
+      bound: of the weighted value rows' norms, or None.
+      saved: key (M, S, K, H), value (M, S, K, h) and the logarithms (M, S, K).
+      cotangents: of the logarithms, and of the flags, which count for nothing.
+    """
     key, value, weights = saved
     none = jnp.zeros_like(key)
     if bound is None:
