@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpfa_jax import admission, float8, reference
+import dpfa_jax
+from dpfa_jax import _primitives, admission, float8, reference
 from dpfa_jax._typing import Operands, Spec
-from dpfa_jax.pallas import accumulators, mosaic_gpu
+from dpfa_jax.pallas import accumulators, mosaic_gpu, mosaic_gpu_gradients
 
 NOISY = {
     "score_cap": 2.0,
@@ -126,6 +127,60 @@ def test_forward_lowers_in_shard_map_where_nothing_varies():
     )
     text = jax.jit(sharded).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
     assert "dpfa_mosaic_forward_kernel" in text
+
+
+def _mesh():
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((2,), ("x",), axis_types=auto, devices=jax.devices()[:2])
+
+
+def test_results_vary_over_the_axes_over_which_the_call_does():
+    spec, found = _spec({**NOISY, "mark_queries": True}), []
+
+    def run(operands):
+        weights, flags = mosaic_gpu.record_log_weights(operands.key, operands.value, 1.0)
+        narrow = mosaic_gpu.narrow_records(operands.key, operands.value, 1.0)[2]
+        given = operands._replace(log_weights=weights, flags=flags)
+        out, residuals = mosaic_gpu.forward(given, spec)
+        columns = mosaic_gpu.column_squares(operands, spec)
+        whole = mosaic_gpu.forward(operands, spec)
+        grads = mosaic_gpu_gradients.fused(given, spec, residuals, out)
+        leaves = jax.tree.leaves((weights, flags, narrow, out, residuals, columns, whole, grads))
+        found.extend(_primitives.varying(leaf) for leaf in leaves)
+        return out
+
+    operands = _operands(queries=64, keys=64)
+    specs = jax.tree.map(lambda _: jax.P("x"), operands)._replace(noise_key=jax.P())
+    sharded = jax.shard_map(run, mesh=_mesh(), in_specs=(specs,), out_specs=jax.P("x"))
+    jax.eval_shape(sharded, operands)
+    assert len(found) >= 12 and set(found) == {frozenset("x")}
+
+
+@pytest.mark.parametrize("backend", ("triton", "mosaic_gpu"))
+def test_every_shards_release_is_charged(monkeypatch, backend):
+    # A value that were taken to be equal on all shards would be one release of all of them.
+    monkeypatch.setattr(mosaic_gpu, "_has_hopper", lambda: True)
+    rows = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
+    data = jax.ShapeDtypeStruct((8,), jnp.uint32)
+
+    def charged(backend):
+        def call(rows, data):
+            return dpfa_jax.private_attention(
+                rows,
+                rows,
+                rows,
+                mechanism=dpfa_jax.IndependentNoise(1.0, value_bound=3.0, score_cap=2.0),
+                rng=dpfa_jax.random.wrap_key_data(data),
+                queries="public",
+                backend=backend,
+            )
+
+        specs = jax.P("x"), jax.P()
+        sharded = jax.shard_map(call, mesh=_mesh(), in_specs=specs, out_specs=jax.P("x"))
+        return dpfa_jax.accounting.events(sharded, rows, data)
+
+    assert charged(backend) == charged("xla")
+    assert charged(backend).count == 2
 
 
 @pytest.mark.parametrize("block_k", (64, 128, 160))

@@ -11,8 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dpfa_jax
 from dpfa_jax import float8
-from dpfa_jax.pallas import mosaic_gpu_records, triton_records
+from dpfa_jax.pallas import (
+    mosaic_gpu,
+    mosaic_gpu_gradients,
+    mosaic_gpu_records,
+    triton_records,
+)
 
 CASES = {
     "heads that divide a block": (2, 300, 16, 128, 128, "bfloat16", 9.0),
@@ -184,3 +190,61 @@ def test_lowers_under_shard_map_scan_and_grad():
     with jax.set_mesh(mesh):
         text = jax.jit(sharded).trace(rows).lower(lowering_platforms=("cuda",)).as_text()
     assert "dpfa_mosaic_record_kernel" in text
+
+
+def _call(precision):
+    noise = dpfa_jax.IndependentNoise(1.0, value_bound=3.0, score_cap=2.0)
+
+    def call(query, key, value, data):
+        out = dpfa_jax.private_attention(
+            query,
+            key,
+            value,
+            mechanism=noise,
+            rng=dpfa_jax.random.wrap_key_data(data),
+            queries="public",
+            is_causal=True,
+            precision=precision,
+            backend="mosaic_gpu",
+        )
+        return jnp.sum(out.astype(jnp.float32))
+
+    return call
+
+
+@pytest.mark.parametrize("precision", (None, "fp8"))
+@pytest.mark.parametrize("transform", ("grad", "vmap", "nested vmap", "scan", "shard_map"))
+def test_whole_calls_lower_for_cuda_under_transformations(monkeypatch, transform, precision):
+    monkeypatch.setattr(mosaic_gpu, "_has_hopper", lambda: True)
+    # Triton's gradients, which are faster for so few rows, do not lower without a device.
+    monkeypatch.setattr(mosaic_gpu_gradients, "faster", lambda *lengths: True)
+    step = jax.checkpoint(jax.grad(_call(precision), (0, 1, 2)))
+    rows = jnp.ones((2, 300, 2, 64), jnp.bfloat16)
+    data = jnp.arange(8, dtype=jnp.uint32)
+
+    def looped(*given):
+        return jax.lax.scan(lambda carry, _: (carry, step(*given)), 0, None, length=2)[1]
+
+    depth = {"vmap": 1, "nested vmap": 2}.get(transform, 0)
+    run = {"scan": looped}.get(transform, step)
+    for _ in range(depth):
+        rows, run = jnp.stack([rows, rows]), jax.vmap(run, (0, 0, 0, None))
+    if transform == "shard_map":
+        auto, here = (jax.sharding.AxisType.Auto,), jax.P("x")
+        mesh = jax.make_mesh((2,), ("x",), axis_types=auto, devices=jax.devices()[:2])
+        run = jax.shard_map(
+            run, mesh=mesh, in_specs=(here, here, here, jax.P()), out_specs=(here,) * 3
+        )
+    traced = jax.jit(run).trace(rows, rows, rows, data)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Weights, answers plain or repaired, and gradients plain or repaired; no name survives vmap.
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") >= 5
+
+
+def test_nothing_but_the_kernels_rounds_to_eight_bits(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_has_hopper", lambda: True)
+    rows, data = jnp.ones((2, 304, 2, 64), jnp.bfloat16), jnp.arange(8, dtype=jnp.uint32)
+    traced = jax.jit(_call("fp8")).trace(rows, rows, rows, data)
+    lines = traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
+    eight = [line for line in lines if "f8E4M3FN" in line]
+    assert eight and not any("stablehlo.convert" in line for line in eight)

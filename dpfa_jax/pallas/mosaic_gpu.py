@@ -4,7 +4,6 @@ The same function as `reference`; gradients in `mosaic_gpu_gradients`.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +79,6 @@ def _has_hopper() -> bool:
     return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 
-def _shape(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """A result that varies over the mesh axes over which `like` does."""
-    manual = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
-
-
 def _offsets(operands: Operands, spec: Spec, shift: int, block_k: int):
     """Masks of keys alone, record weights and the cap as exponents, (1 or B, K, S'), and the rest.
 
@@ -140,7 +133,8 @@ def _cut(operands: Operands, spec: Spec) -> Shape:
             return Shape(block_k=64, flush=8, stages=3, eager=masked, **rows)
         return Shape(block_k=96, flush=5, eager=spec.float8_scores, **rows)
     if width <= 64:
-        # The special-function unit is the limit: another order of work is no help.
+        # Making weights takes longer than the products beside it: it helps that the two warpgroups
+        # do not make them at the same time, which whole groups of keys leave them time for.
         slots = 2 if keys <= GROUP_KEYS else 1
         turns = slots == 1 and spec.noise == "sums" and not (spec.is_causal or spec.float8_scores)
         return Shape(noise="shared", slots=slots, eager=False, turns=turns)
@@ -203,7 +197,7 @@ def _run(body, plan: Plan, inputs: dict, outputs: dict, scratch: dict, programs:
     kernel.__name__ = f"dpfa_mosaic_{body.__name__}" + "_repair" * plan.repairs
     found = plgpu.kernel(
         kernel,
-        out_type=[_shape(*kind, like=arrays[0]) for kind in outputs.values()],
+        out_type=[jax.ShapeDtypeStruct(*kind) for kind in outputs.values()],
         scratch_types=scratch,
         grid=(programs,),
         grid_names=("program",),
@@ -216,6 +210,8 @@ def _run(body, plan: Plan, inputs: dict, outputs: dict, scratch: dict, programs:
             lowering_semantics=LoweringSemantics.Lane,
         ),
     )(*arrays)
+    # They come back as if they were equal on all shards, which would then be one release.
+    _, *found = _primitives.vary_alike(arrays[0], *found)
     return dict(zip(outputs, found, strict=True))
 
 

@@ -97,13 +97,7 @@ def _nothing(words, half: str):
 
 def _write_float8(address, words, half: str, inside):
     """Eight numbers rounded to nearest in float8_e4m3fn, ±448 where they are larger."""
-    convert = "cvt.rn.satfinite.e4m3x2.f16x2 {half}, {word};"
-    if half == "bf16":
-        convert = (
-            "shl.b32 low, {word}, 16; and.b32 high, {word}, 0xFFFF0000;"
-            " mov.b32 a, low; mov.b32 b, high; cvt.rn.satfinite.e4m3x2.f32 {half}, b, a;"
-        )
-    parts = " ".join(convert.format(half=f"h{i}", word=f"${1 + i}") for i in range(4))
+    parts = " ".join(rg.to_float8(half, f"${1 + i}", f"h{i}") for i in range(4))
     text = (
         "{ .reg .b32 low, high, o<2>; .reg .f32 a, b; .reg .b16 h<4>; .reg .pred p;"
         f" setp.ne.b32 p, $5, 0; {parts} mov.b32 o0, {{h0, h1}}; mov.b32 o1, {{h2, h3}};"
@@ -313,24 +307,23 @@ def _run(
 ) -> tuple[jax.Array, ...]:
     memories, length, heads, _ = key.shape
     key, value = _primitives.vary_alike(key, value)
-    manual = jax.typeof(key).manual_axis_type
     widths = (key.shape[3], value.shape[3])
     plan = _Plan(length, heads, widths, rg.half_name(key.dtype), bound)
-
-    def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype, manual_axis_type=manual)
 
     def kernel(*refs):
         _kernel(plan, *refs)
 
     kernel.__name__ = "dpfa_mosaic_record_kernel"
     rows = memories * length * heads
-    out = [shape(rows, dtype=jnp.float32), shape(memories * plan.blocks, dtype=jnp.int32)]
+    out: list[tuple[tuple[int, ...], Any]] = [
+        ((rows,), jnp.float32),
+        ((memories * plan.blocks,), jnp.int32),
+    ]
     if narrow:
-        out.append(shape(rows, widths[0], dtype=jnp.float8_e4m3fn))
+        out.append(((rows, widths[0]), jnp.float8_e4m3fn))
     run: Any = plgpu.kernel(
         kernel,
-        out_type=out,
+        out_type=[jax.ShapeDtypeStruct(*kind) for kind in out],
         scratch_types=[plgpu.SMEM((plan.records + 1,), jnp.int32)],
         grid=(memories * plan.blocks,),
         grid_names=("program",),
@@ -340,7 +333,9 @@ def _run(
             lowering_semantics=LoweringSemantics.Lane,
         ),
     )
-    weights, flags, *rest = run(*(array.reshape(-1, array.shape[3]) for array in (key, value)))
+    found = run(*(array.reshape(-1, array.shape[3]) for array in (key, value)))
+    # They come back as if they were equal on all shards of a mesh.
+    _, weights, flags, *rest = _primitives.vary_alike(key, *found)
     weights = weights.reshape(memories, length, heads)
     return weights, flags.reshape(memories, plan.blocks), *(x.reshape(key.shape) for x in rest)
 
