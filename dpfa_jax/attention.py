@@ -310,7 +310,9 @@ def private_attention(
         query_ok = clipping.finite_rows(query)
         out = _release(admission.sanitised(operands, mechanism), spec, mechanism, call, name)
         out = jnp.where(query_ok[..., None], out, jnp.nan) if marked else out
-    out = out.astype(query.dtype)
+    # Where what it is made of varies over shards, each of them makes a release, whatever a backend
+    # says of its answer.
+    out, *_ = _primitives.vary_alike(out.astype(query.dtype), *operands)
     return _primitives.private_release(out, mechanism.event(query.shape, key.shape, value.shape))
 
 
