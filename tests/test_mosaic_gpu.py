@@ -4,6 +4,7 @@ It cannot be interpreted: what it computes is compared with `reference` where th
 compute capability 9.0 (tests marked `gpu`), its rounding with what is charged for it here.
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -199,6 +200,13 @@ def test_turns_of_one_or_three_warpgroups_are_refused():
             mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
 
 
+@pytest.mark.parametrize("early", (-4, 6, 68))
+def test_weights_that_no_thread_has_are_not_made_early(early):
+    shape = mosaic_gpu.Shape(early=early)
+    with pytest.raises(ValueError, match="multiple of 4 up to 64"):
+        mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
+
+
 def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
     masks = ({}, {"is_causal": True}, {"window": (60, 30)})
     for width, keys, mask in itertools.product((16, 64, 80, 128, 256), (300, 700, 9000), masks):
@@ -309,6 +317,25 @@ def test_sums_rounding_stays_near_one_percent():
     assert accumulators.rounding(32769) == math.inf
     with pytest.raises(ValueError, match="32768"):
         accumulators.sums_rounding(32769)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("causal", "several groups", "several groups, causal"))
+def test_answers_do_not_depend_on_when_weights_are_made_nor_on_the_order_of_heads(name):
+    shapes, changes = CASES[name]
+    operands, spec = _operands(**shapes), _spec({**changes, "on_grid": True})
+    shape = mosaic_gpu._cut(operands, spec)
+    changes = [{"nearby": 0}, {"nearby": 1 << 30}, {"turns": True}]
+    changes += [{"early": early} for early in (None, 0, 4, 20, shape.block_k // 2)]
+
+    def run(change):
+        shaped = dataclasses.replace(shape, **change)
+        return jax.jit(lambda o: mosaic_gpu.forward(o, spec, shape=shaped))(operands)
+
+    wanted = run({})
+    for change in changes:
+        for ours, theirs in zip(jax.tree.leaves(run(change)), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (ours, theirs)))
 
 
 @pytest.mark.gpu

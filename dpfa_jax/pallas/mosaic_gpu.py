@@ -30,6 +30,9 @@ FLOAT8_SCORES = True
 """Rows of query and key are rounded to float8_e4m3fn here, where the call asks for it."""
 
 _FASTER_FROM = 256  # keys
+_SHORT = 2048
+"""Keys up to which causal rows are so short that balance matters more than the cache."""
+
 _PROGRAMS = 132
 """Multiprocessors of an H100 or H200; on fewer, blocks of the grid wait their turn."""
 
@@ -119,26 +122,37 @@ def _cut(operands: Operands, spec: Spec) -> Shape:
     width = max(operands.query.shape[3], operands.value.shape[3])
     keys = operands.key.shape[1]
     masked = spec.window is not None or operands.key_segments is not None
+    whole = spec.window is None and not spec.is_causal
+    # All blocks read the keys of as few heads as there can be, at the same time, which costs the
+    # cache least. Where queries see more keys or fewer, few heads leave them more unequal work.
+    near = 0 if whole else 24 << 20
+    if spec.is_causal and spec.window is None and keys > _SHORT:
+        near = 8 << 20
+    shape = Shape(nearby=near, turns=whole and spec.score_cap is None)
+
+    def cut(**changes) -> Shape:
+        return dataclasses.replace(shape, **changes)
+
     if width > 128:
-        return Shape(block_k=64, compute=1, flush=8, registers=(240, 24, 72))
+        return cut(block_k=64, compute=1, flush=8, early=32, registers=(240, 24, 72), turns=False)
     if spec.noise == "none":
-        return Shape(registers=(240, 24, 24))
+        return cut(registers=(240, 24, 24))
     if width <= 64 and masked:
-        return Shape(block_k=64, flush=8, stages=3, noise="shared", slots=1, eager=False)
+        return cut(block_k=64, flush=8, stages=3, noise="shared", slots=1)
     if spec.noise == "sums" and keys > GROUP_KEYS and width > 64:
         # Two accumulators leave no room for 128 keys.
-        rows = {"noise": "shared", "slots": 1, "registers": (224, 24, 40)}
-        few = spec.is_causal and keys <= 2048 and not spec.float8_scores
-        if masked or few:
-            return Shape(block_k=64, flush=8, stages=3, eager=masked, **rows)
-        return Shape(block_k=96, flush=5, eager=spec.float8_scores, **rows)
+        shape = cut(noise="shared", slots=1, registers=(224, 24, 40))
+        if masked or (spec.is_causal and keys <= _SHORT and not spec.float8_scores):
+            return cut(block_k=64, flush=8, stages=3, early=32 if masked else None)
+        return cut(block_k=96, flush=5, early=40)
     if width <= 64:
         # Making weights takes longer than the products beside it: it helps that the two warpgroups
         # do not make them at the same time, which whole groups of keys leave them time for.
         slots = 2 if keys <= GROUP_KEYS else 1
-        turns = slots == 1 and spec.noise == "sums" and not (spec.is_causal or spec.float8_scores)
-        return Shape(noise="shared", slots=slots, eager=False, turns=turns)
-    return Shape(noise="shared" if width <= 80 else "global")
+        if not whole or slots > 1 or spec.noise != "sums":
+            return cut(noise="shared", slots=slots)
+        return cut(noise="shared", slots=slots, early=8, turns=not spec.float8_scores)
+    return cut(noise="shared" if width <= 80 else "global")
 
 
 def _plan(

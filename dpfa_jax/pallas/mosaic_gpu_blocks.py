@@ -9,26 +9,30 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, scf
 
+from dpfa_jax.pallas import mosaic_gpu_products as products
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
 
-_CAPPED = (
-    "{{ .reg .f32 a; min.ftz.f32 a, $1, {cap}; fma.rn.ftz.f32 a, a, {factor}, $2;"
-    " ex2.approx.ftz.f32 $0, a; }}"
-)
+_LEVEL = "min.ftz.f32 a, $1, {cap}; fma.rn.ftz.f32 a, a, {factor}, $2;"
 _ONLINE = "{ .reg .f32 a; sub.ftz.f32 a, $1, $2; ex2.approx.ftz.f32 $0, a; }"
 
 
-def _row_sums_of(weights):
-    """Sums of each of a thread's two rows, in two chains a row."""
-    sums = [[], []]
+def _row_sums_of(weights, sums=None):
+    """Sums of each of a thread's two rows in two chains a row, after those of earlier weights."""
+    found = [[], []] if sums is None else [list(row) for row in sums]
     for i, weight in enumerate(weights):
-        row, chain = sums[i // 2 % 2], i % 2
+        row, chain = found[i // 2 % 2], i % 2
         if len(row) < 2:
             row.append(weight)
         else:
             row[chain] = arith.addf(row[chain], weight)
-    return [arith.addf(*row) for row in sums]
+    return found
+
+
+def _joined(chains, before=None):
+    """A number a row: its two chains, after what is there."""
+    found = [arith.addf(*row) for row in chains]
+    return found if before is None else [arith.addf(*x) for x in zip(before, found, strict=True)]
 
 
 def rounded(weights, dtype):
@@ -79,7 +83,6 @@ def capped_weights(scores, offset, mass, *, cap: float, factor: float):
       The weights, and `mass` plus their sums.
     """
     shape = scores.shape
-    text = _CAPPED.format(cap=rg.hex_float(cap), factor=rg.hex_float(factor))
 
     @rg.inline(
         arg_types=(rg.TILE, rg.COLUMN, rg.ROW),
@@ -89,16 +92,68 @@ def capped_weights(scores, offset, mass, *, cap: float, factor: float):
         ),
     )
     def run(_, scores, offset, mass):
-        offsets = rg.numbers(offset)
-        weights = [
-            rg.asm(rg.f32(), [x, offsets[2 * (i // 4) + i % 2]], text, "=f,f,f")
-            for i, x in enumerate(rg.numbers(scores))
-        ]
-        sums = _row_sums_of(weights)
-        sums = [arith.addf(a, b) for a, b in zip(rg.numbers(mass), sums, strict=True)]
+        weights = _capped(rg.numbers(scores), rg.numbers(offset), cap=cap, factor=factor)
+        sums = _joined(_row_sums_of(weights), rg.numbers(mass))
         return rg.from_numbers(weights, shape, rg.TILE), rg.from_numbers(sums, (ROWS,), rg.ROW)
 
     return run(scores, offset, mass)
+
+
+def _capped(scores, offsets, *, cap: float, factor: float, last: str = "ex2.approx.ftz"):
+    """Weights of a thread's scores, or their exponents where the last step is "mov"."""
+    level = _LEVEL.format(cap=rg.hex_float(cap), factor=rg.hex_float(factor))
+    text = f"{{ .reg .f32 a; {level} {last}.f32 $0, a; }}"
+    return [
+        rg.asm(rg.f32(), [x, offsets[2 * (i // 4) + i % 2]], text, "=f,f,f")
+        for i, x in enumerate(scores)
+    ]
+
+
+def weights_around(scores, offset, mass, total, spent, *, early: int, turns: bool, **options):
+    """`capped_weights` made on both sides of a wait for the sums in flight.
+
+    The assembler would move the arithmetic past the wait as it likes: a kernel's speed then hangs
+    on code that has nothing to do with it.
+
+    Args:
+      scores: as of `capped_weights`, like `offset`, `mass` and the other options.
+      total: (64, value width) float32, in flight; see `products.finish`.
+      spent: the weights that multiply values there.
+      early: of a thread's weights, so many are made before the wait, a multiple of 4.
+      turns: as of `products.overlapped`.
+
+    Returns:
+      As of `capped_weights`, the same bits, and the sums.
+    """
+    shape = scores.shape
+    row = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, rg.ROW)
+
+    @rg.inline(
+        arg_types=(rg.TILE, rg.COLUMN, rg.ROW, rg.TILE, rg.PACKED),
+        return_type=(
+            plgpu.ShapeDtypeStruct(shape, jnp.float32, rg.TILE),
+            row,
+            plgpu.ShapeDtypeStruct(total.shape, jnp.float32, rg.TILE),
+        ),
+    )
+    def run(_, scores, offset, mass, total, spent):
+        given, offsets, held = rg.numbers(scores), rg.numbers(offset), rg.numbers(total)
+        count = len(held)
+        weights = _capped(given[:early], offsets, **options)
+        chains = _row_sums_of(weights)
+        first = [number for row in chains for number in row]
+        # Of the others the exponents, which need the offsets no more.
+        levels = _capped(given, offsets, last="mov", **options)[early:]
+        found = products.landed(held + levels, spent, first, turns)
+        rest = [rg.approximate("ex2", x) for x in found[count:]]
+        sums = _joined(_row_sums_of(rest, chains if early else None), rg.numbers(mass))
+        return (
+            rg.from_numbers(weights + rest, shape, rg.TILE),
+            rg.from_numbers(sums, (ROWS,), rg.ROW),
+            rg.from_numbers(found[:count], total.shape, rg.TILE),
+        )
+
+    return run(scores, offset, mass, total, spent)
 
 
 def online_weights(scores, offset, mass, best, *, factor: float, shift: int):
@@ -139,7 +194,7 @@ def online_weights(scores, offset, mass, best, *, factor: float, shift: int):
             rg.asm(rg.f32(), [x, raised[i // 2 % 2]], _ONLINE, "=f,f,f")
             for i, x in enumerate(levels)
         ]
-        sums = _row_sums_of(weights)
+        sums = _joined(_row_sums_of(weights))
         shrink = [rg.approximate("ex2", arith.subf(a, b)) for a, b in zip(old, new, strict=True)]
         sums = [rg.fma(m, f, x) for m, f, x in zip(rg.numbers(mass), shrink, sums, strict=True)]
         rows = (rg.from_numbers(x, (ROWS,), rg.ROW) for x in (sums, new, shrink))
@@ -166,21 +221,14 @@ def scaled(tile, factor):
 def squares(scores, offset, total, *, cap: float, factor: float):
     """`total` plus the squares of the unrounded `capped_weights`, (64, keys)."""
     shape = scores.shape
-    text = (
-        f"{{ .reg .f32 a; min.ftz.f32 a, $1, {rg.hex_float(cap)};"
-        f" fma.rn.ftz.f32 a, a, {rg.hex_float(factor)}, $2; ex2.approx.ftz.f32 $0, a; }}"
-    )
 
     @rg.inline(
         arg_types=(rg.TILE, rg.COLUMN, rg.TILE),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, rg.TILE),
     )
     def run(_, scores, offset, total):
-        offsets = rg.numbers(offset)
-        found = []
-        for i, (x, old) in enumerate(zip(rg.numbers(scores), rg.numbers(total), strict=True)):
-            weight = rg.asm(rg.f32(), [x, offsets[2 * (i // 4) + i % 2]], text, "=f,f,f")
-            found.append(rg.fma(weight, weight, old))
+        weights = _capped(rg.numbers(scores), rg.numbers(offset), cap=cap, factor=factor)
+        found = [rg.fma(x, x, old) for x, old in zip(weights, rg.numbers(total), strict=True)]
         return rg.from_numbers(found, shape, rg.TILE)
 
     return run(scores, offset, total)

@@ -172,21 +172,23 @@ def _sums(plan: Plan, refs, wg, place, step):
             # Keys may stay as they are: a weight of 0 is 0 whatever the score.
             blocks.clear_unfinite(refs["v"].at[slot], matrices[1])
 
-    def weigh(i, slot, scores, mass, best, masked):
+    def seen(i, slot, scores, masked):
+        """Scores of pairs that may meet, and the keys' offsets."""
         if masked:
             key_start = (low + count - 1 - i) * plan.shape.block_k
             allowed = _visible(plan, start, key_start, refs, batch, query_ids)
             scores = jnp.where(allowed, scores, -jnp.inf)
-        offset = plgpu.load(refs["offset"].at[slot], layout=COLUMN, optimized=False)
+        return scores, plgpu.load(refs["offset"].at[slot], layout=COLUMN, optimized=False)
+
+    def weigh(i, slot, scores, mass, best, masked):
+        scores, offset = seen(i, slot, scores, masked)
         shrink = None
         if plan.online:
             weights, mass, best, shrink = blocks.online_weights(
                 scores, offset, mass, best, factor=plan.factor, shift=plan.shift
             )
         else:
-            weights, mass = blocks.capped_weights(
-                scores, offset, mass, cap=plan.cap, factor=plan.factor
-            )
+            weights, mass = blocks.capped_weights(scores, offset, mass, **plan.weighing)
         arrive("k_empty", slot)
         return weights, mass, best, shrink
 
@@ -224,10 +226,17 @@ def _sums(plan: Plan, refs, wg, place, step):
             lambda: wait_values(before),
             plan.shape.turns,
         )
-        weights, part, best, shrink = weigh(i, slot, scores, mass[0], best, masked)
-        summed = products.finish(
-            summed, rounded, part if plan.shape.eager else None, plan.shape.turns
-        )
+        early, turns = plan.shape.early, plan.shape.turns
+        if plan.online or early is None:
+            weights, part, best, shrink = weigh(i, slot, scores, mass[0], best, masked)
+            summed = products.finish(summed, rounded, None if early is None else part, turns)
+        else:
+            scores, offset = seen(i, slot, scores, masked)
+            arrive("k_empty", slot)
+            given, shrink = (scores, offset, mass[0], summed, rounded), None
+            weights, part, summed = blocks.weights_around(
+                *given, early=early, turns=turns, **plan.weighing
+            )
         new = blocks.rounded(weights, plan.dtype)
         arrive("v_empty", before)
         if shrink is not None:
@@ -446,7 +455,7 @@ def column_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
             allowed = inside if allowed is None else allowed & inside
         if allowed is not None:
             scores = jnp.where(allowed, scores, -jnp.inf)
-        return blocks.squares(scores, offset, total, cap=plan.cap, factor=plan.factor)
+        return blocks.squares(scores, offset, total, **plan.weighing)
 
     total = lax.fori_loop(jnp.int32(0), mine, one, _zeros(ROWS, size))
     blocks.write_column_sums(total, refs["squares"].at[batch, kv_head, pl.ds(4 * wg, 4), keys])

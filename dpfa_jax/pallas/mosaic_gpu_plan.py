@@ -36,7 +36,9 @@ class Shape:
       noise: where it waits, "shared" or "global" memory.
       registers: of the computing, copying and drawing threads, a multiple of 8 each.
       nearby: bytes of keys and values that tiles in flight may read.
-      eager: whether the next weights are made before the last sums are waited for.
+      early: how many of a thread's weights of the next tile are made before the last sums are
+        waited for, of the others the exponents: a multiple of 4 up to block_k // 2. None leaves it
+        to the assembler. Without a score cap it is all of them unless it is None.
       turns: whether two computing warpgroups start products in turn, so that one multiplies while
         the other makes weights.
     """
@@ -49,7 +51,7 @@ class Shape:
     noise: str = "global"
     registers: tuple[int, int, int] = (208, 24, 72)
     nearby: int = 24 << 20
-    eager: bool = True
+    early: int | None = None
     turns: bool = False
 
 
@@ -104,6 +106,12 @@ class Plan:
             raise ValueError(
                 f"Expected two computing warpgroups to take turns, got compute="
                 f"{self.shape.compute}, which would wait for ever; pass turns=False."
+            )
+        early, most = self.shape.early, self.shape.block_k // 2
+        if early is not None and (not 0 <= early <= most or early % 4):
+            raise ValueError(
+                f"Expected early to be None or a multiple of 4 up to {most}, half of block_k, got "
+                f"{early}; a thread makes {most} weights of a key tile."
             )
         group = self.shape.flush * self.shape.block_k
         if self.spec.noise == "sums" and not SHORTEST_GROUP <= group <= GROUP_KEYS:
@@ -195,6 +203,11 @@ class Plan:
     def factor(self) -> float:
         """Of the scores, into units of ln 2."""
         return self.spec.scale * LOG2_E
+
+    @property
+    def weighing(self) -> dict[str, float]:
+        """What capped weights depend on beside the scores and offsets."""
+        return {"cap": self.cap, "factor": self.factor}
 
     @property
     def matrices(self) -> tuple[Matrix, Matrix]:

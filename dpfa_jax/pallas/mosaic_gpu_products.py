@@ -269,14 +269,27 @@ def finish(total, spent, mass, turns: bool):
         return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, rg.TILE),
     )
     def run(_, total, spent, *masses):
-        words = [llvm.bitcast(rg.i32(), register) for register in spent.registers.flat]
         first = [number for mass in masses for number in rg.numbers(mass)]
-        found = wait_group(rg.numbers(total), 0, words, first)
-        if turns:
-            _turn("arrive", 1)
+        found = landed(rg.numbers(total), spent, first, turns)
         return rg.from_numbers(found, total.shape, rg.TILE)
 
     return run(total, spent, *masses)
+
+
+def landed(numbers, spent, first, turns: bool):
+    """Numbers once no product is in flight; inside an `inline` function.
+
+    Args:
+      numbers: float32 values that are not read before it.
+      spent: the array of weights that the product in flight reads.
+      first: as of `wait_group`.
+      turns: as of `overlapped`.
+    """
+    words = [llvm.bitcast(rg.i32(), register) for register in spent.registers.flat]
+    found = wait_group(numbers, 0, words, first)
+    if turns:
+        _turn("arrive", 1)
+    return found
 
 
 def sums(value_ref, weights, total, add, matrix):
