@@ -126,6 +126,13 @@ def test_tune_tiles_smoke_times_tiles_that_are_right(tmp_path):
     assert (ROOT / "dpfa_jax" / "pallas" / "tiles.json").read_bytes() == table
 
 
+def test_tune_cuts_smoke_lowers_the_cut_in_use_and_another(tmp_path):
+    line = _smoke("tune_cuts", tmp_path)
+    used, other = line["metrics"]
+    assert used["change"] == "used"
+    assert sum(used["cut"][name] != other["cut"][name] for name in used["cut"]) == 1
+
+
 @pytest.mark.parametrize("name", ["private_memory", "reference_cost"])
 def test_experiment_writes_no_line_when_its_check_fails(name, tmp_path):
     # The check compares with float64; an answer that is off by a factor must stop the run.

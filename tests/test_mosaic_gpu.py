@@ -212,7 +212,7 @@ def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
     for width, keys, mask in itertools.product((16, 64, 80, 128, 256), (300, 700, 9000), masks):
         spec = _spec({**NOISY, **mask})
         operands = jax.eval_shape(lambda w=width, k=keys: _operands(keys=k, width=w, queries=8))
-        group = (cut := mosaic_gpu._cut(operands, spec)).block_k * cut.flush
+        group = (cut := mosaic_gpu.cut(operands, spec)).block_k * cut.flush
         assert accumulators.SHORTEST_GROUP <= group <= accumulators.GROUP_KEYS
         # What a thread adds to a denominator before it joins the double word, at most (F4).
         assert (cut.flush + 1) * cut.block_k // 4 <= 160
@@ -223,7 +223,7 @@ def _tile_plan(queries, width, **changes):
 
     def trace():
         operands = _operands(queries=queries, keys=queries, heads=32, kv_heads=16, width=width)
-        plans.append(mosaic_gpu._plan(operands, spec, mosaic_gpu._cut(operands, spec))[0])
+        plans.append(mosaic_gpu._plan(operands, spec, mosaic_gpu.cut(operands, spec))[0])
 
     jax.eval_shape(trace)
     return plans[0]
@@ -324,7 +324,7 @@ def test_sums_rounding_stays_near_one_percent():
 def test_answers_do_not_depend_on_when_weights_are_made_nor_on_the_order_of_heads(name):
     shapes, changes = CASES[name]
     operands, spec = _operands(**shapes), _spec({**changes, "on_grid": True})
-    shape = mosaic_gpu._cut(operands, spec)
+    shape = mosaic_gpu.cut(operands, spec)
     changes = [{"nearby": 0}, {"nearby": 1 << 30}, {"turns": True}]
     changes += [{"early": early} for early in (None, 0, 4, 20, shape.block_k // 2)]
 

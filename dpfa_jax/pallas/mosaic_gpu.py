@@ -117,8 +117,13 @@ def _aligned(array, width: int | None = None):
     return jnp.pad(array, ((0, 0), (0, rows), (0, 0), (0, columns)))
 
 
-def _cut(operands: Operands, spec: Spec) -> Shape:
-    """How the kernel is cut: what was fastest on an H100, or fits."""
+def cut(operands: Operands, spec: Spec) -> Shape:
+    """How the forward kernel is cut: what was fastest on an H100, or fits.
+
+    Args:
+      operands: the call's arrays, or their shapes.
+      spec: the static description.
+    """
     width = max(operands.query.shape[3], operands.value.shape[3])
     keys = operands.key.shape[1]
     masked = spec.window is not None or operands.key_segments is not None
@@ -130,29 +135,29 @@ def _cut(operands: Operands, spec: Spec) -> Shape:
         near = 8 << 20
     shape = Shape(nearby=near, turns=whole and spec.score_cap is None)
 
-    def cut(**changes) -> Shape:
+    def but(**changes) -> Shape:
         return dataclasses.replace(shape, **changes)
 
     if width > 128:
-        return cut(block_k=64, compute=1, flush=8, early=32, registers=(240, 24, 72), turns=False)
+        return but(block_k=64, compute=1, flush=8, early=32, registers=(240, 24, 72), turns=False)
     if spec.noise == "none":
-        return cut(registers=(240, 24, 24))
+        return but(registers=(240, 24, 24))
     if width <= 64 and masked:
-        return cut(block_k=64, flush=8, stages=3, noise="shared", slots=1)
+        return but(block_k=64, flush=8, stages=3, noise="shared", slots=1)
     if spec.noise == "sums" and keys > GROUP_KEYS and width > 64:
         # Two accumulators leave no room for 128 keys.
-        shape = cut(noise="shared", slots=1, registers=(224, 24, 40))
+        shape = but(noise="shared", slots=1, registers=(224, 24, 40))
         if masked or (spec.is_causal and keys <= _SHORT and not spec.float8_scores):
-            return cut(block_k=64, flush=8, stages=3, early=32 if masked else None)
-        return cut(block_k=96, flush=5, early=40)
+            return but(block_k=64, flush=8, stages=3, early=32 if masked else None)
+        return but(block_k=96, flush=5, early=40)
     if width <= 64:
         # Making weights takes longer than the products beside it: it helps that the two warpgroups
         # do not make them at the same time, which whole groups of keys leave them time for.
         slots = 2 if keys <= GROUP_KEYS else 1
         if not whole or slots > 1 or spec.noise != "sums":
-            return cut(noise="shared", slots=slots)
-        return cut(noise="shared", slots=slots, early=8, turns=not spec.float8_scores)
-    return cut(noise="shared" if width <= 80 else "global")
+            return but(noise="shared", slots=slots)
+        return but(noise="shared", slots=slots, early=8, turns=not spec.float8_scores)
+    return but(noise="shared" if width <= 80 else "global")
 
 
 def _plan(
@@ -243,7 +248,7 @@ def forward(
       The answer, the noise added in float32 before the cast; and the clean answer, denominators,
       factors of the projection and running maxima.
     """
-    shape = _cut(operands, spec) if shape is None else shape
+    shape = cut(operands, spec) if shape is None else shape
     if operands.flags is None:
         return _forward(operands, spec, shape)
     lost = jnp.any(operands.flags != 0)
