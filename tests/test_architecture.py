@@ -28,8 +28,7 @@ LAYERS = (
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.partition"
     " clipping.packed accounting.event accounting.scope accounting.gdp accounting.rdp"
     " pallas.tiling pallas.blocks pallas.mosaic_gpu_products",
-    "lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_masks"
-    " pallas.mosaic_gpu_noise",
+    "lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_masks pallas.mosaic_gpu_noise",
     "pallas.accumulators",
     "pallas.mosaic_gpu_plan",
     "pallas.mosaic_gpu_answers",
