@@ -98,6 +98,7 @@ HOPPER = {
 # forward and forward with gradients may hold, over that of their arguments and answers.
 MEMORY = {
     "memory D128": ((4, 4096, 16, 16, 128, PRIVATE), (1.05, 1.27)),
+    "memory D128 T2048": ((8, 2048, 16, 16, 128, PRIVATE), (1.05, 1.27)),
     "memory D128 T16384": ((1, 16384, 16, 16, 128, PRIVATE), (1.05, 1.27)),
     "memory D64": ((4, 4096, 32, 32, 64, PRIVATE), (1.05, 1.28)),
     "memory BERT": ((32, 512, 16, 16, 64, PRIVATE), (1.05, 1.28)),

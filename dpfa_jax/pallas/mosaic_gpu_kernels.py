@@ -21,7 +21,7 @@ from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
 from dpfa_jax.pallas import mosaic_gpu_products as products
 from dpfa_jax.pallas.accumulators import RUN_GROUPS
 from dpfa_jax.pallas.mosaic_gpu_plan import Plan
-from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, ROW, ROWS, TILE
+from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, ROW, ROWS, TILE, uniform
 
 _PAIR = 2
 
@@ -152,6 +152,7 @@ def _sums(plan: Plan, refs, wg, place, step):
       next step.
     """
     block, _, batch = place
+    step = uniform(step)
     low, count = plan.key_range(block)
     start = block * plan.block_q + wg * ROWS
     stages, flush = plan.shape.stages, plan.shape.flush

@@ -144,6 +144,22 @@ def scalar(array):
     return array.registers.item()
 
 
+def uniform(number):
+    """An int32 scalar, the same in all threads of a warp, of which the assembler then knows that.
+
+    Carried through loops that wait for barriers it is taken to differ between threads: addresses
+    then leave the registers of the warp, of which each product wants four.
+    """
+
+    @inline(arg_types=(SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
+    def run(_, number):
+        text = "shfl.sync.idx.b32 $0, $1, 0, 31, -1;"
+        found = asm(i32(), [scalar(number)], text, "=r,r", effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return run(number)
+
+
 def approximate(name, x):
     """The device's approximate function of that name in PTX."""
     return asm(f32(), [x], f"{name}.approx.ftz.f32 $0, $1;", "=f,f")
