@@ -145,7 +145,7 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper rows", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 4,
     ("D64 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 16,
     # Of the outer accumulator, at the end of a group of keys only.
-    ("D128 hopper float16", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 32,
+    ("D128 hopper float16", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 8,
     ("D128 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper window", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 20,
     ("D128 hopper window", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 32,
