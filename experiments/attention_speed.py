@@ -1,6 +1,6 @@
 """How fast is private attention beside the fastest attention without privacy?
 
-    python experiments/attention_speed.py            # eleven shapes on the default GPU, 3 minutes
+    python experiments/attention_speed.py            # eleven shapes on the default GPU, 4 minutes
     python experiments/attention_speed.py --forward  # without gradients, 2 minutes
     python experiments/attention_speed.py --smoke    # the correctness check alone, on any device
     python experiments/attention_speed.py --plot     # the picture of the last run
