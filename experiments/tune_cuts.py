@@ -1,7 +1,7 @@
 """Which cut of the Hopper forward kernel is fastest on this GPU?
 
     python experiments/tune_cuts.py             # on an H100 or H200, within 3 minutes
-    python experiments/tune_cuts.py --only D64  # one of the shapes
+    python experiments/tune_cuts.py --only D64  # some of the shapes
     python experiments/tune_cuts.py --smoke     # lowers two cuts of a small call on any device
 
 Time of the forward kernel alone by CUPTI, as private calls run it, for the cut in use
@@ -13,10 +13,15 @@ here is written into `mosaic_gpu.cut` by hand.
 import argparse
 import concurrent.futures
 import dataclasses
+import multiprocessing
+import os
 import pathlib
 import statistics
 import sys
 from typing import Any
+
+# Every process takes the memory that it needs, and no more.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import _common
 import jax
@@ -27,6 +32,8 @@ from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.pallas import mosaic_gpu
 
 KERNEL = "dpfa_mosaic_forward_kernel"
+_GPU: Any = None
+"""Held by the process that runs something on the GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,37 +155,54 @@ def _times(program: Any, given: Operands, iterations: int) -> list[float]:
     return found
 
 
-def measure(settings: Settings) -> tuple[list[dict], list[str]]:
-    """One dictionary for each case and cut, and the names of those with other answers."""
-    rows, wrong, waiting = [], [], {}
-    with concurrent.futures.ThreadPoolExecutor(15) as pool:
-        # What is lowered compiles while the next is lowered.
-        for name in settings.names:
-            for label, shape in CASES[name].cuts().items():
-                lowered = _lowered(CASES[name], shape)
-                # CUPTI does not see the kernels in what XLA records to launch at once.
-                options = {"xla_gpu_enable_command_buffer": ""}
-                waiting[name, label] = shape, pool.submit(lowered.compile, options)
-    for name in settings.names:
-        given, wanted = _arrays(CASES[name]), None
-        for (_, label), (shape, future) in ((k, v) for k, v in waiting.items() if k[0] == name):
-            row = {"case": name, "change": label, **dataclasses.asdict(CASES[name])}
-            try:
-                program = future.result()
-            except jax.errors.JaxRuntimeError as reason:
-                print(f"{name:22} {label:14} left out: {str(reason)[:120]}", flush=True)
-                continue
+def _share(lock: Any) -> None:
+    global _GPU
+    _GPU = lock
+
+
+def _measured(name: str, iterations: int) -> tuple[list[dict], list[str]]:
+    """Of one case, in a process of its own: what is compiled and timed of `CASES[name]`."""
+    case, programs = CASES[name], {}
+    for label, shape in case.cuts().items():
+        # CUPTI does not see the kernels in what XLA records to launch at once.
+        try:
+            compiled = _lowered(case, shape).compile({"xla_gpu_enable_command_buffer": ""})
+        except jax.errors.JaxRuntimeError as reason:
+            print(f"{name:22} {label:14} left out: {str(reason)[:120]}", flush=True)
+            continue
+        programs[label] = shape, compiled
+    rows, wrong, wanted = [], [], None
+    with _GPU:
+        given = _arrays(case)
+        for label, (shape, program) in programs.items():
             out = np.asarray(program(given), np.float32)
             wanted = out if wanted is None else wanted
             if not np.array_equal(out, wanted):
                 wrong.append(f"{name}, {label}")
                 continue
-            times = _times(program, given, settings.iterations)
+            times = _times(program, given, iterations)
             middle = statistics.median(times)
+            row = {"case": name, "change": label, **dataclasses.asdict(case)}
             row |= {"cut": dataclasses.asdict(shape), "milliseconds": round(middle, 5)}
             rows.append(row | {"spread": round((max(times) - min(times)) / middle, 4)})
             print(f"{name:22} {label:14} {middle:8.4f} ms", flush=True)
     return rows, wrong
+
+
+def measure(settings: Settings) -> tuple[list[dict], list[str]]:
+    """One dictionary for each case and cut, and the names of those with other answers.
+
+    A process for each case lowers and compiles, which takes far longer than the timed runs; these
+    have the GPU one process at a time.
+    """
+    context = multiprocessing.get_context("spawn")
+    count = min(len(settings.names), os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(
+        count, mp_context=context, initializer=_share, initargs=(context.Lock(),)
+    ) as pool:
+        waiting = [pool.submit(_measured, name, settings.iterations) for name in settings.names]
+        found = [future.result() for future in waiting]
+    return [x for rows, _ in found for x in rows], [x for _, wrong in found for x in wrong]
 
 
 def smoke() -> list[dict]:
@@ -197,11 +221,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--only", choices=tuple(CASES), help="one of the shapes")
+    parser.add_argument("--only", choices=tuple(CASES), nargs="+", help="some of the shapes")
     parser.add_argument("--results", "--output", type=pathlib.Path, default=_common.RESULTS)
     given = parser.parse_args()
     watch, wrong = _common.Stopwatch(), []
-    settings = Settings() if given.only is None else Settings(names=(given.only,))
+    settings = Settings() if given.only is None else Settings(names=tuple(given.only))
     if given.smoke:
         rows = smoke()
     else:
