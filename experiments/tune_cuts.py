@@ -84,6 +84,8 @@ class Case:
             found[f"heads={heads}"] = dataclasses.replace(used, nearby=heads * one)
         if used.compute == 2:
             found["turns"] = dataclasses.replace(used, turns=not used.turns)
+        if self.width > 64 and self.width % 64:
+            found["tails"] = dataclasses.replace(used, tails=not used.tails)
         if used.noise == "shared" and used.slots == 1:
             found["global noise"] = dataclasses.replace(used, noise="global", slots=2)
         return {name: shape for name, shape in found.items() if name == "used" or shape != used}
@@ -102,6 +104,7 @@ CASES = {
     "GPT-3 13B": Case(4, 2048, 40, 40, 128, causal=True),
     "ViT-Huge": Case(64, 256, 16, 16, 80),
     "Llama GQA": Case(2, 8192, 32, 8, 128, causal=True),
+    "D96 T512": Case(32, 512, 16, 16, 96),
 }
 CASES |= {
     f"{name} fp8": dataclasses.replace(CASES[name], float8=True)

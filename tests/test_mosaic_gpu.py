@@ -207,6 +207,30 @@ def test_weights_that_no_thread_has_are_not_made_early(early):
         mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
 
 
+def test_noise_of_fewer_columns_than_a_chunk_is_not_left_to_the_computing_warps():
+    with pytest.raises(ValueError, match="tails=False for 48 columns"):
+        mosaic_gpu.forward(_operands(width=48), _spec(NOISY), shape=mosaic_gpu.Shape(tails=True))
+
+
+@pytest.mark.parametrize(
+    ("width", "value_width", "keys", "tails"),
+    [
+        *[(80, 80, 300, True), (80, 80, 700, False), (128, 72, 300, True), (80, 48, 300, False)],
+        *[(80, 64, 300, False), (128, 128, 300, False), (64, 64, 300, False)],
+    ],
+)
+def test_computing_warps_draw_noise_beside_whole_chunks_of_short_calls(
+    width, value_width, keys, tails
+):
+    operands, spec = _operands(width=width, keys=keys), _spec(NOISY)
+    operands = operands._replace(value=operands.value[..., :1].repeat(value_width, -1))
+    cut = mosaic_gpu.cut(operands, spec)
+    assert cut.tails == tails
+    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec)[0])
+    lowered = run.trace(operands).lower(lowering_platforms=("cuda",))
+    assert "dpfa_mosaic_forward_kernel" in lowered.as_text()
+
+
 def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
     masks = ({}, {"is_causal": True}, {"window": (60, 30)})
     for width, keys, mask in itertools.product((16, 64, 80, 128, 256), (300, 700, 9000), masks):
@@ -320,13 +344,15 @@ def test_sums_rounding_stays_near_one_percent():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ("causal", "several groups", "several groups, causal"))
-def test_answers_do_not_depend_on_when_weights_are_made_nor_on_the_order_of_heads(name):
+@pytest.mark.parametrize("name", ("causal", "several groups", "several groups, causal", "width 80"))
+def test_answers_are_the_same_bits_however_the_kernel_is_cut(name):
     shapes, changes = CASES[name]
     operands, spec = _operands(**shapes), _spec({**changes, "on_grid": True})
     shape = mosaic_gpu.cut(operands, spec)
     changes = [{"nearby": 0}, {"nearby": 1 << 30}, {"turns": True}]
     changes += [{"early": early} for early in (None, 0, 4, 20, shape.block_k // 2)]
+    if operands.value.shape[3] > 64:
+        changes += [{"tails": not shape.tails}]
 
     def run(change):
         shaped = dataclasses.replace(shape, **change)
@@ -422,13 +448,18 @@ def test_float8_scores_of_columns_are_those_of_forward():
 
 
 @pytest.mark.gpu
-def test_forward_draws_the_noise_of_the_reference():
-    operands = _operands()._replace(value=jnp.zeros((2, 300, 2, 64), jnp.bfloat16))
+@pytest.mark.parametrize(
+    ("width", "keys"),
+    [(16, 300), (48, 300), (64, 300), (80, 300), (80, 700), (96, 300), (112, 300), (128, 300)],
+)
+def test_forward_draws_the_noise_of_the_reference(width, keys):
+    operands = _operands(width=width, keys=keys)
+    operands = operands._replace(value=jnp.zeros_like(operands.value))
     spec = _spec(
         {**NOISY, "noise_std": 1.0, "denominator_std": math.inf, "floor": 1.0, "ball": None}
     )
     out, _ = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec))(operands)
-    wanted, _ = reference.noise_field(operands.noise_key, 2, 200, 4, 64)
+    wanted, _ = reference.noise_field(operands.noise_key, 2, 200, 4, width)
     assert np.max(np.abs(np.asarray(out, np.float32) - wanted) / (np.abs(wanted) + 0.1)) < 2.0**-8
 
 

@@ -18,6 +18,7 @@ from dpfa_jax.pallas import triton
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
 from dpfa_jax.pallas.accumulators import rounding as rounding
 from dpfa_jax.pallas.mosaic_gpu_gradients import backward as backward
+from dpfa_jax.pallas.mosaic_gpu_noise import CHUNK
 from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratch
 from dpfa_jax.pallas.mosaic_gpu_records import narrow_records as narrow_records
 from dpfa_jax.pallas.mosaic_gpu_records import record_log_weights as record_log_weights
@@ -151,13 +152,12 @@ def cut(operands: Operands, spec: Spec) -> Shape:
             return but(block_k=64, flush=8, stages=3, early=32 if masked else None)
         return but(block_k=96, flush=5, early=40)
     if width <= 64:
-        # Making weights takes longer than the products beside it: it helps that the two warpgroups
-        # do not make them at the same time, which whole groups of keys leave them time for.
         slots = 2 if keys <= GROUP_KEYS else 1
-        if not whole or slots > 1 or spec.noise != "sums":
-            return but(noise="shared", slots=slots)
-        return but(noise="shared", slots=slots, early=8, turns=not spec.float8_scores)
-    return but(noise="shared" if width <= 80 else "global")
+        return but(noise="shared", slots=slots, early=0 if whole and slots == 1 else None)
+    # Short calls wait for their noise, whose last columns take the drawing warpgroup long.
+    value_width = operands.value.shape[3]
+    tails = keys <= GROUP_KEYS and value_width > CHUNK and value_width % CHUNK > 0
+    return but(noise="shared" if width <= 80 else "global", tails=tails)
 
 
 def _plan(

@@ -112,7 +112,7 @@ def _noise_loop(plan: Plan, refs):
         def half(wg, carry):
             place = batch, head, start + wg * ROWS
             buffer = _noise_buffer(plan, refs, slot, wg)
-            noise_blocks.matrix_noise(key, *place, plan.value_width, spec.noise_std, buffer)
+            noise_blocks.matrix_noise(key, *place, plan.drawn_ahead, spec.noise_std, buffer)
             plgpu.barrier_arrive(refs["noise_full"].at[slot * compute + wg])
             return carry
 
@@ -301,17 +301,21 @@ def _sums(plan: Plan, refs, wg, place, step):
     return total, blocks.row_sums(*mass), best, lost, step + count
 
 
-def _noise(plan: Plan, refs, wg, index):
+def _noise(plan: Plan, refs, wg, place, index):
     """This warpgroup's noise of sums and of denominators, waited for; None where there is none."""
     if not plan.noisy:
         return None, None
     slot = _slot(index, plan.shape.slots)
     plgpu.barrier_wait(refs["noise_full"].at[slot * plan.shape.compute + wg])
-    noise = noise_blocks.noise_kept(_noise_buffer(plan, refs, slot, wg), plan.value_width)
+    block, head, batch = place
+    start = block * plan.block_q + wg * ROWS
+    buffer = _noise_buffer(plan, refs, slot, wg)
+    drawn = refs["noise_key"], batch, head, start, plan.spec.noise_std
+    noise = noise_blocks.noise_kept(buffer, plan.value_width, plan.drawn_ahead, *drawn)
     row = None
     if plan.row_noisy:
-        place = lax.axis_index("program"), slot, pl.ds(wg * ROWS, ROWS)
-        row = noise_blocks.rows_kept(refs["row_noise"].at[place])
+        mine = lax.axis_index("program"), slot, pl.ds(wg * ROWS, ROWS)
+        row = noise_blocks.rows_kept(refs["row_noise"].at[mine])
     return noise, row
 
 
@@ -322,7 +326,7 @@ def _compute_loop(plan: Plan, refs, wg):
     def tile(index, number, step):
         block, head, batch = place = plan.place(number)
         total, mass, best, lost, step = _sums(plan, refs, wg, place, step)
-        noise = _noise(plan, refs, wg, index)
+        noise = _noise(plan, refs, wg, place, index)
         if plan.noisy:
             plgpu.barrier_arrive(refs["noise_empty"].at[_slot(index, plan.shape.slots)])
         answer, clean, mass, factor = answers.answer(plan, total, mass, noise)

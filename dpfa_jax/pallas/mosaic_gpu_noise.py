@@ -97,12 +97,25 @@ def _rotate(word, bits):
     return arith.ori(arith.shli(word, rg.integer(bits)), arith.shrui(word, rg.integer(32 - bits)))
 
 
-def _quarter(state, a, b, c, d):
-    """a += b, d = (d ^ a) <<< n; c += d, b = (b ^ c) <<< n; twice."""
+def _one():
+    """The number 1, as the assembler does not know: a lane's number is below 32."""
+    text = "{ .reg .u32 a; mov.u32 a, %laneid; shr.u32 a, a, 5; add.u32 $0, a, 1; }"
+    return rg.asm(rg.i32(), [], text, "=r", effects=True)
+
+
+def _quarter(state, one, a, b, c, d):
+    """a += b, d = (d ^ a) <<< n; c += d, b = (b ^ c) <<< n; twice.
+
+    Sums are products with `one` and sums: the unit for these is idle beside the one for the rest.
+    """
+
+    def add(x, y):
+        return rg.asm(rg.i32(), [y, one, x], "mad.lo.u32 $0, $1, $2, $3;", "=r,r,r,r")
+
     for first, second in ((16, 12), (8, 7)):
-        state[a] = arith.addi(state[a], state[b])
+        state[a] = add(state[a], state[b])
         state[d] = _rotate(arith.xori(state[d], state[a]), first)
-        state[c] = arith.addi(state[c], state[d])
+        state[c] = add(state[c], state[d])
         state[b] = _rotate(arith.xori(state[b], state[c]), second)
 
 
@@ -118,14 +131,15 @@ def _chacha(key, address):
     the computing warps out of the instruction cache.
     """
     initial = [*(rg.integer(word) for word in random._CONSTANTS), *key, *address]
+    one = _one()
 
     @mgpu.utils.fori(_opaque(random.ROUNDS // 2), initial)
     def rounds(_, state):
         state = list(state)
         for i in range(4):
-            _quarter(state, i, i + 4, i + 8, i + 12)
+            _quarter(state, one, i, i + 4, i + 8, i + 12)
         for i in range(4):
-            _quarter(state, i, 4 + (i + 1) % 4, 8 + (i + 2) % 4, 12 + (i + 3) % 4)
+            _quarter(state, one, i, 4 + (i + 1) % 4, 8 + (i + 2) % 4, 12 + (i + 3) % 4)
         return state
 
     return [arith.addi(a, b) for a, b in zip(rounds.results, initial, strict=True)]
@@ -151,7 +165,13 @@ def _normal_pair(first, second, scale: float):
     turn = arith.sitofp(rg.f32(), arith.shrsi(arith.shli(second, rg.integer(8)), rg.integer(8)))
     step = 2.0 * math.pi / 2.0**24
     angle = rg.fma(turn, rg.real(step), rg.real(step / 2))
-    return mul(radius, rg.approximate("cos", angle)), mul(radius, rg.approximate("sin", angle))
+
+    def product(name):
+        # Rounded, whatever it is added to: the same bits wherever it is drawn.
+        factors = [radius, rg.approximate(name, angle)]
+        return rg.asm(rg.f32(), factors, "mul.rn.f32 $0, $1, $2;", "=f,f,f")
+
+    return product("cos"), product("sin")
 
 
 def _key(ref):
@@ -160,7 +180,7 @@ def _key(ref):
     return [memref.load(ref, [i]) for i in place]
 
 
-_CHUNK = 64
+CHUNK = 64
 """Columns of which one block of words serves a thread's share of a row."""
 
 
@@ -168,14 +188,34 @@ def _vectors(width: int):
     """What each store of four numbers holds: (chunk, row half, first column pair), in order."""
     return [
         (chunk, half, pair)
-        for chunk in range(-(-width // _CHUNK))
+        for chunk in range(-(-width // CHUNK))
         for half in range(2)
-        for pair in range(0, min(_CHUNK, width - chunk * _CHUNK) // 8, 2)
+        for pair in range(0, min(CHUNK, width - chunk * CHUNK) // 8, 2)
     ]
 
 
+def _shares(key_ref, batch, head, start, noise_std: float):
+    """A function that draws this thread's share of a chunk: (chunk, row half, pairs) → normals."""
+    key = _key(key_ref)
+    row, lane = rg.lane_place()
+    row = arith.addi(row, rg.scalar(start))
+    tagged = arith.ori(rg.integer(_MATRIX << 24), rg.scalar(head))
+
+    def share(chunk, half, pairs: int):
+        place = arith.addi(row, arith.shli(half, rg.integer(3)))
+        column = arith.addi(arith.shli(chunk, rg.integer(2)), lane)
+        words = _chacha(key, [place, column, rg.scalar(batch), tagged])
+        return [
+            number
+            for pair in range(pairs)
+            for number in _normal_pair(words[2 * pair], words[2 * pair + 1], noise_std)
+        ]
+
+    return share
+
+
 def matrix_noise(key_ref, batch, head, start, width: int, noise_std: float, out_ref):
-    """Writes normals times `noise_std` of rows start..start+64 and all columns.
+    """Writes normals times `noise_std` of rows start..start+64 and the first `width` columns.
 
     Each thread writes the numbers of its own places in a tile, which `noise_kept` reads.
 
@@ -194,24 +234,14 @@ def matrix_noise(key_ref, batch, head, start, width: int, noise_std: float, out_
     )
     def run(_, key_ref, batch, head, start, out_ref):
         void = ir.Type.parse("!llvm.void")
-        key = _key(key_ref)
-        row, lane = rg.lane_place()
-        row = arith.addi(row, rg.scalar(start))
-        tagged = arith.ori(rg.integer(_MATRIX << 24), rg.scalar(head))
+        share = _shares(key_ref, batch, head, start, noise_std)
         space, address, kind = _own(out_ref)
 
         def block(chunk, half, pairs, address):
-            """One row's share of one chunk."""
-            place = arith.addi(row, arith.shli(half, rg.integer(3)))
-            column = arith.addi(arith.shli(chunk, rg.integer(2)), lane)
-            words = _chacha(key, [place, column, rg.scalar(batch), tagged])
-            for first in range(0, pairs, 2):
-                four = [
-                    number
-                    for pair in (first, first + 1)
-                    for number in _normal_pair(words[2 * pair], words[2 * pair + 1], noise_std)
-                ]
-                text = f"st.{space}.v4.f32 [$0+{first // 2 * _STRIDE}], {{$1, $2, $3, $4}};"
+            drawn = share(chunk, half, pairs)
+            for first in range(0, len(drawn), 4):
+                text = f"st.{space}.v4.f32 [$0+{first // 4 * _STRIDE}], {{$1, $2, $3, $4}};"
+                four = drawn[first : first + 4]
                 rg.asm(void, [address, *four], text, f"{kind},f,f,f,f,~{{memory}}", effects=True)
 
         def moved(address, count, size):
@@ -220,14 +250,14 @@ def matrix_noise(key_ref, batch, head, start, width: int, noise_std: float, out_
                 step = arith.extui(address.type, step)
             return arith.addi(address, step)
 
-        whole, rest = divmod(width, _CHUNK)
+        whole, rest = divmod(width, CHUNK)
         one = 4 * _STRIDE  # bytes of all threads' share of one half of a chunk
         if whole:
 
             @mgpu.utils.fori(_opaque(2 * whole), [])
             def blocks(number, carry):
                 chunk, half = arith.shrui(number, rg.integer(1)), arith.andi(number, rg.integer(1))
-                block(chunk, half, _CHUNK // 8, moved(address, number, one))
+                block(chunk, half, CHUNK // 8, moved(address, number, one))
                 return carry
 
         if rest:
@@ -242,24 +272,41 @@ def matrix_noise(key_ref, batch, head, start, width: int, noise_std: float, out_
     run(key_ref, batch, head, start, out_ref)
 
 
-def noise_kept(ref, width: int):
-    """The tile that `matrix_noise` wrote: (64, width) float32."""
+def noise_kept(ref, width: int, kept: int, key_ref, batch, head, start, noise_std: float):
+    """The noise of a tile (64, width), float32: what `matrix_noise` wrote, the rest drawn here.
+
+    Beside whole chunks a block of words serves a thread's few numbers: where a short call waits for
+    what the drawing warps draw, the computing ones had better draw those themselves.
+
+    Args:
+      ref: that `matrix_noise` wrote.
+      width: columns of the tile.
+      kept: columns that `matrix_noise` drew: all, or whole chunks of 64 of them.
+      key_ref: as of `matrix_noise`, like the other arguments.
+    """
 
     @rg.inline(
-        arg_types=(plgpu.RefType(),),
+        arg_types=(plgpu.RefType(), plgpu.RefType(), rg.SCALAR, rg.SCALAR, rg.SCALAR),
         return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE),
     )
-    def run(_, ref):
+    def run(_, ref, key_ref, batch, head, start):
         place = _own(ref)
         found: list[Any] = [None] * (ROWS * width // rg.WARPGROUP)
-        for index, (chunk, half, pair) in enumerate(_vectors(width)):
-            four = _load_four(*place, index * _STRIDE)
-            for number, value in enumerate(four):
-                column_pair = chunk * _CHUNK // 8 + pair + number // 2
-                found[(2 * column_pair + half) * 2 + number % 2] = value
+
+        def put(first_pair, half, numbers):
+            for number, value in enumerate(numbers):
+                found[(2 * (first_pair + number // 2) + half) * 2 + number % 2] = value
+
+        for index, (chunk, half, pair) in enumerate(_vectors(kept)):
+            put(chunk * CHUNK // 8 + pair, half, _load_four(*place, index * _STRIDE))
+        if kept < width:
+            share = _shares(key_ref, batch, head, start, noise_std)
+            for half in range(2):
+                chunk, pairs = rg.integer(kept // CHUNK), (width - kept) // 8
+                put(kept // 8, half, share(chunk, rg.integer(half), pairs))
         return rg.from_numbers(found, (ROWS, width), rg.TILE)
 
-    return run(ref)
+    return run(ref, key_ref, batch, head, start)
 
 
 def row_noise(key_ref, batch, head, start, rows: int, noise_std: float, out_ref):

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax._typing import Spec
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, RUN_GROUPS, SHORTEST_GROUP
+from dpfa_jax.pallas.mosaic_gpu_noise import CHUNK
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, Matrix
 
 LOG2_E = math.log2(math.e)
@@ -41,6 +42,8 @@ class Shape:
         to the assembler. Without a score cap it is all of them unless it is None.
       turns: whether two computing warpgroups start products in turn, so that one multiplies while
         the other makes weights.
+      tails: whether the computing warps draw the noise of columns beside whole chunks of 64, for
+        which a block of words serves few numbers, instead of the drawing ones ahead of time.
     """
 
     block_k: int = 128
@@ -53,6 +56,7 @@ class Shape:
     nearby: int = 24 << 20
     early: int | None = None
     turns: bool = False
+    tails: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +117,11 @@ class Plan:
                 f"Expected early to be None or a multiple of 4 up to {most}, half of block_k, got "
                 f"{early}; a thread makes {most} weights of a key tile."
             )
+        if self.shape.tails and self.value_width < CHUNK:
+            raise ValueError(
+                f"Expected tails=False for {self.value_width} columns: fewer than {CHUNK} leave "
+                "the drawing warpgroup nothing to draw."
+            )
         group = self.shape.flush * self.shape.block_k
         if self.spec.noise == "sums" and not SHORTEST_GROUP <= group <= GROUP_KEYS:
             raise ValueError(
@@ -145,6 +154,12 @@ class Plan:
     def noisy(self) -> bool:
         """Whether a warpgroup draws noise."""
         return self.spec.noise != "none"
+
+    @property
+    def drawn_ahead(self) -> int:
+        """Columns whose noise the drawing warpgroup draws: at least those of one chunk."""
+        rest = self.value_width % CHUNK
+        return self.value_width - rest if self.shape.tails else self.value_width
 
     @property
     def row_noisy(self) -> bool:
@@ -305,7 +320,7 @@ def scratch(plan: Plan) -> dict:
     shape = plan.shape
     rows, values = plan.matrices
     key, value = rows.transforms, values.transforms
-    numbers = ROWS * plan.value_width
+    numbers = ROWS * plan.drawn_ahead
 
     def shared(shape, dtype, transforms=()):
         return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -339,12 +354,11 @@ def scratch(plan: Plan) -> dict:
 def buffers(plan: Plan) -> dict:
     """Global memory that the kernel alone uses: name → shape, float32."""
     shape = plan.shape
-    own = (shape.compute, ROWS * plan.value_width)
     found = {}
     if plan.noisy and shape.noise == "global":
-        found["noise"] = (plan.programs, shape.slots, *own)
+        found["noise"] = (plan.programs, shape.slots, shape.compute, ROWS * plan.drawn_ahead)
     if plan.regroups:
-        found["far"] = (plan.programs, *own)
+        found["far"] = (plan.programs, shape.compute, ROWS * plan.value_width)
     if plan.row_noisy:
         found["row_noise"] = (plan.programs, shape.slots, plan.block_q)
     return found
