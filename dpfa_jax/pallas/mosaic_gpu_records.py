@@ -179,7 +179,7 @@ def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
       plan: what is static.
       key: (rows, H) of all memories.
       value: (rows, h).
-      weights: (rows,) float32, is written.
+      weights: (rows,) float32, is written: memory, then head, then record.
       flags: (blocks of all memories,) int32, is written.
       narrow_and_lost: (rows, H) of float8_e4m3fn, is written, or nothing; and `records` + 1 words
         of shared memory: whether any record has a row that is not finite, and each of them.
@@ -216,6 +216,12 @@ def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
                     body(number)
                 return carry
 
+        def weight(row):
+            """Where the weight of a row of this block's memory lies."""
+            record, head = (f(row, rg.integer(heads)) for f in (arith.divui, arith.remui))
+            place = arith.addi(arith.muli(head, rg.integer(plan.length)), record)
+            return _address(weights, arith.addi(start, place), 4)
+
         def clear(number):
             place = arith.addi(lost, arith.shli(number, rg.integer(2)))
             _write("st.shared.b32 [$0], $1;", [place, rg.integer(0)], "r,r")
@@ -229,16 +235,16 @@ def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
             fetched = []
             for number in range(_PASSES):
                 mine = arith.addi(moved, rg.integer(number * at_once))
-                row, words = arith.addi(begin, mine), []
-                there = arith.cmpi(less, row, rg.integer(rows))
-                row = arith.addi(start, row)
+                local, words = arith.addi(begin, mine), []
+                there = arith.cmpi(less, local, rg.integer(rows))
+                row = arith.addi(start, local)
                 for ref, width in zip((key, value), plan.widths, strict=True):
                     inside = arith.cmpi(less, part, rg.integer(width // 8))
                     place = arith.addi(arith.muli(row, rg.integer(width // 8)), part)
                     inside = _flag(arith.andi(there, inside))
                     words.append(_four_words(_address(ref, place, 16), inside))
-                fetched.append((mine, row, there, *words))
-            for mine, row, there, key_words, value_words in fetched:
+                fetched.append((mine, local, there, *words))
+            for mine, local, there, key_words, value_words in fetched:
                 nothing = _nothing(key_words, plan.half)
                 square = arith.addf(_squares(value_words, plan.half), nothing)
                 square = _over_row(plan, square)
@@ -257,9 +263,9 @@ def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
                     scf.yield_([arith.select(usual, _log_weight(plan, square, 0.0), other)])
                 writes = _flag(arith.andi(there, arith.cmpi(equal, part, rg.integer(0))))
                 text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }"
-                _write(text, [_address(weights, row, 4), branch.results[0], writes], "l,f,r")
+                _write(text, [weight(local), branch.results[0], writes], "l,f,r")
                 for ref in narrow:
-                    parts = plan.widths[0] // 8
+                    parts, row = plan.widths[0] // 8, arith.addi(start, local)
                     inside = arith.andi(there, arith.cmpi(less, part, rg.integer(parts)))
                     place = arith.addi(arith.muli(row, rg.integer(parts)), part)
                     _write_float8(_address(ref, place, 8), key_words, plan.half, _flag(inside))
@@ -279,8 +285,7 @@ def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
                 " setp.ne.and.b32 q, $2, 0, p; @q st.global.f32 [$0], 0fFF800000; }"
             )
             place = arith.addi(lost, arith.shli(record, rg.integer(2)))
-            row = arith.addi(start, row)
-            _write(text, [_address(weights, row, 4), place, inside], "l,r,r")
+            _write(text, [weight(row), place, inside], "l,r,r")
 
         with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ne, found, rg.integer(0))):
             each(own, null)
@@ -336,7 +341,8 @@ def _run(
     found = run(*(array.reshape(-1, array.shape[3]) for array in (key, value)))
     # They come back as if they were equal on all shards of a mesh.
     _, weights, flags, *rest = _primitives.vary_alike(key, *found)
-    weights = weights.reshape(memories, length, heads)
+    # As the forward kernel reads them: in this order a transposition costs a small call much.
+    weights = jnp.swapaxes(weights.reshape(memories, heads, length), 1, 2)
     return weights, flags.reshape(memories, plan.blocks), *(x.reshape(key.shape) for x in rest)
 
 
