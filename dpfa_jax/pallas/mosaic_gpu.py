@@ -152,8 +152,7 @@ def cut(operands: Operands, spec: Spec) -> Shape:
             return but(block_k=64, flush=8, stages=3, early=32 if masked else None)
         return but(block_k=96, flush=5, early=40)
     if width <= 64:
-        slots = 2 if keys <= GROUP_KEYS else 1
-        return but(noise="shared", slots=slots, early=0 if whole and slots == 1 else None)
+        return but(stages=3, noise="shared", slots=2 if keys <= GROUP_KEYS else 1)
     # Short calls wait for their noise, whose last columns take the drawing warpgroup long.
     value_width = operands.value.shape[3]
     tails = keys <= GROUP_KEYS and value_width > CHUNK and value_width % CHUNK > 0
