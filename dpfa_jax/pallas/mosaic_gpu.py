@@ -152,7 +152,9 @@ def cut(operands: Operands, spec: Spec) -> Shape:
             return but(block_k=64, flush=8, stages=3, early=32 if masked else None)
         return but(block_k=96, flush=5, early=40)
     if width <= 64:
-        return but(stages=3, noise="shared", slots=2 if keys <= GROUP_KEYS else 1)
+        # In turns more than two tiles of keys were not measured.
+        stages = 2 if shape.turns else 3
+        return but(stages=stages, noise="shared", slots=2 if keys <= GROUP_KEYS else 1)
     # Short calls wait for their noise, whose last columns take the drawing warpgroup long.
     value_width = operands.value.shape[3]
     tails = keys <= GROUP_KEYS and value_width > CHUNK and value_width % CHUNK > 0
