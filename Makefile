@@ -90,5 +90,6 @@ $(VENV)-aot/.made: pyproject.toml
 	@$(VENV)-aot/bin/python -m pip --disable-pip-version-check install --quiet \
 		jax==0.11.2 jaxtyping numpy scipy
 	@$(VENV)-aot/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
-		jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc nvidia-nvvm
+		jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc nvidia-nvvm \
+		nvidia-cuda-nvdisasm
 	@touch $@

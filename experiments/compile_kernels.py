@@ -4,7 +4,9 @@
 
 Runs in an environment of its own with CUDA's compiler and JAX's CUDA plugin, but no driver. Each
 program is compiled to machine code; ptxas reports registers and spills, and more spilled bytes than
-`ALLOWED` says is a failure. So is more memory than `MEMORY` says, as the compiler reckons it.
+`ALLOWED` says is a failure. So is more memory than `MEMORY` says, as the compiler reckons it. The
+loops of matrix products of the Hopper kernels are looked at in the machine's code: an operand's
+address that ptxas keeps in each thread's registers or in local memory holds up the matrix unit.
 """
 
 import contextlib
@@ -157,6 +159,12 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper float8 causal", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 12,
 }
 
+# Detours of loops with matrix products, where there are any.
+DETOURS = {
+    "dpfa_mosaic_column_kernel_mosaic_gpu_kernel": 9,
+    ("D256 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 12,
+}
+
 # (program, kernel) whose matrix products ptxas puts one after another: slower than need be.
 WAITING = {
     ("D64 causal", "dpfa_query_gradient_kernel"),
@@ -275,7 +283,7 @@ def _records(case):
 @contextlib.contextmanager
 def _kept_output(folder: str):
     """Mosaic GPU compiles in this process and prints its reports: they go to a file beside."""
-    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
     sys.stdout.flush()
     kept = [os.dup(1), os.dup(2)]
     with open(pathlib.Path(folder) / "printed", "w") as file:
@@ -289,12 +297,45 @@ def _kept_output(folder: str):
                 os.close(stream)
 
 
-def _reports(folder: str) -> dict[str, tuple[int, int, bool]]:
-    """Kernel: (registers, spilled bytes, whether products wait for each other), since last call."""
-    found = {}
+_DETOURS = ("R2UR", "LDL", "STL")
+"""Instructions that bring a number to where all threads of a warp have it, and local memory's."""
+
+
+def _detours(code: str) -> int:
+    """The most `_DETOURS` of an innermost loop with matrix products, in a kernel's machine code."""
+    places, lines, worst = {}, [], 0
+    for line in code.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\w+)([^;]*)", line)
+        if label:
+            places[label[1]] = len(lines)
+        elif instruction:
+            lines.append(instruction.groups())
+    loops = []
+    for place, (name, rest) in enumerate(lines):
+        target = re.search(r"\.L_x_\d+", rest)
+        if name == "BRA" and target and places.get(target[0], place + 1) <= place:
+            loops.append((places[target[0]], place))
+    for first, last in loops:
+        inner = any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+        names = [name for name, _ in lines[first : last + 1]]
+        if not inner and any(name.endswith("GMMA") for name in names):
+            worst = max(worst, sum(name in _DETOURS for name in names))
+    return worst
+
+
+def _reports(folder: str) -> dict[str, tuple[int, int, bool, int]]:
+    """What was said since the last call: kernel → numbers.
+
+    Returns:
+      Registers, spilled bytes, whether products wait for each other, and what `_detours` counts.
+    """
+    found, detours = {}, {}
     for path in pathlib.Path(folder).iterdir():
         text = path.read_text()
         path.unlink()
+        for code in text.split("\t.section\t.text.")[1:]:
+            detours[re.split(r'[,"\s]', code)[0]] = _detours(code)
         waiting = set(re.findall(r"instructions are serialized .* in the function '(\w+)'", text))
         for block in text.split("Compiling entry function '")[1:]:
             registers = re.search(r"Used (\d+) registers", block)
@@ -302,7 +343,11 @@ def _reports(folder: str) -> dict[str, tuple[int, int, bool]]:
             if registers and spilled:
                 name = block.split("'")[0]
                 found[name] = (int(registers[1]), int(spilled[1]), name in waiting)
-    return found
+    # The machine's code of Mosaic's kernels only is printed.
+    looked_at = {name: 0 for name in found if not name.endswith("_mosaic_gpu_kernel")} | detours
+    if set(found) - set(looked_at):
+        sys.exit("No machine code was printed. Run `make aot`, which installs nvdisasm.")
+    return {name: (*numbers, looked_at[name]) for name, numbers in found.items()}
 
 
 def main() -> None:
@@ -328,11 +373,13 @@ def main() -> None:
             kernels = {k: v for k, v in _reports(folder).items() if k.startswith("dpfa_")}
             if not kernels:
                 failed.append(f"{name}: no report of any kernel")
-            for kernel, (registers, spilled, waits) in sorted(kernels.items()):
-                more = ", products wait" if waits else ""
+            for kernel, (registers, spilled, waits, detours) in sorted(kernels.items()):
+                more = ", products wait" * waits + f", {detours} detours" * (detours > 0)
                 print(f"{name:29} {kernel:55} {registers} registers, {spilled} spilled{more}")
                 if waits and (name, kernel) not in WAITING:
                     failed.append(f"{name}: a product of {kernel} waits for the one before it")
+                if detours > DETOURS.get((name, kernel), DETOURS.get(kernel, 0)):
+                    failed.append(f"{name}: {detours} detours in a loop of {kernel}")
                 if spilled > ALLOWED.get((name, kernel), SPILLED if name in limits else 0):
                     failed.append(f"{name}: {kernel} spills {spilled} bytes")
             if name in limits:
