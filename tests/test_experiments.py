@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
@@ -155,3 +156,32 @@ def test_experiment_writes_no_line_when_its_check_fails(name, tmp_path):
     )
     assert done.returncode == 1 and "float64" in done.stderr, done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
+
+
+_MACHINE_CODE = """
+.L_x_1:
+        /*0000*/                   R2UR UR4, R0 ;
+.L_x_2:
+        /*0010*/                   LDL R3, [R1] ;
+        /*0020*/              @P1 R2UR UR6, R5 ;
+        /*0030*/                   {} R24, R4, gdesc[UR4], R24 ;
+        /*0040*/              @!P0 BRA `(.L_x_2) ;
+        /*0050*/                   STL [R1], R3 ;
+        /*0060*/               @P2 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0070*/                   R2UR UR4, R0 ;
+        /*0080*/               @P2 BRA `(.L_x_3) ;
+        /*0090*/               @P2 BRA `(.L_x_4) ;
+        /*00a0*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
+.L_x_4:
+"""
+
+
+@pytest.mark.parametrize(
+    ("product", "detours"), [("HGMMA.64x64x16", 2), ("QGMMA.64x64x32", 2), ("FFMA", 0)]
+)
+def test_make_aot_counts_detours_of_innermost_loops_with_products(product, detours, monkeypatch):
+    # The script says which devices there are.
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    script = runpy.run_path(str(ROOT / "experiments" / "compile_kernels.py"))
+    assert script["_detours"](_MACHINE_CODE.format(product)) == detours
