@@ -4,7 +4,6 @@ It cannot be interpreted: what it computes is compared with `reference` where th
 compute capability 9.0 (tests marked `gpu`), its rounding with what is charged for it here.
 """
 
-import dataclasses
 import itertools
 import math
 
@@ -15,79 +14,10 @@ import pytest
 
 import dpfa_jax
 from dpfa_jax import _primitives, admission, float8, reference
-from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.pallas import accumulators, mosaic_gpu, mosaic_gpu_gradients
-
-NOISY = {
-    "score_cap": 2.0,
-    "noise": "sums",
-    "noise_std": 0.1,
-    "denominator_std": 0.2,
-    "floor": 0.2,
-    "ball": 1.0,
-}
-ROWS = {"score_cap": None, "noise": "rows", "noise_std": 0.1, "row_clip": 0.1, "on_grid": True}
-KEY = np.arange(8, dtype=np.uint32) * 77777 + 5
-
-
-def _operands(*, queries=200, keys=300, heads=4, kv_heads=2, width=64, dtype="bfloat16", **more):
-    draw = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(draw.standard_normal(shape, np.float32), dtype)
-
-    weights = -draw.exponential(size=(2, keys, kv_heads)).astype(np.float32)
-    return Operands(
-        normal(2, queries, heads, width),
-        normal(2, keys, kv_heads, width),
-        normal(2, keys, kv_heads, width),
-        jnp.asarray(weights),
-        noise_key=jnp.asarray(KEY),
-        **more,
-    )
-
-
-def _segments(length):
-    ids = jnp.arange(length, dtype=jnp.int32) * 4 // length
-    return jnp.broadcast_to(ids, (2, length))
-
-
-CASES = {
-    "plain": ({}, {"score_cap": None}),
-    "causal": ({"keys": 200, "width": 128}, {**NOISY, "is_causal": True}),
-    "several groups": ({"keys": 1100, "width": 128}, {**NOISY, "noise_std": 1.0, "floor": 1.0}),
-    "several groups, causal": (
-        {"queries": 1300, "keys": 1300, "width": 128},
-        {**NOISY, "noise_std": 1.0, "floor": 1.0, "is_causal": True},
-    ),
-    "several runs": (
-        {"queries": 100, "keys": 16500, "width": 128, "kv_heads": 4},
-        {**NOISY, "noise_std": 1.0, "floor": 1.0},
-    ),
-    "several runs, narrow": ({"queries": 100, "keys": 9000}, {**NOISY, "noise_std": 1.0}),
-    "several groups, float16": ({"keys": 1100, "width": 96, "dtype": "float16"}, NOISY),
-    "several groups, narrow": ({"keys": 700}, NOISY),
-    "float16": ({"dtype": "float16"}, NOISY),
-    "rows": ({}, ROWS),
-    "width 80": ({"width": 80}, NOISY),
-    "wide": ({"width": 256, "kv_heads": 4}, NOISY),
-    "segments and window": (
-        {"keys": 200, "query_segments": _segments(200), "key_segments": _segments(200)},
-        {**NOISY, "window": (60, 30)},
-    ),
-    "lengths": ({"key_lengths": jnp.array([150, 70], jnp.int32)}, NOISY),
-    "float8 scores": ({"keys": 1100, "width": 128}, {**NOISY, "float8_scores": True}),
-    "float8 scores, causal, width 80": (
-        {"keys": 200, "width": 80},
-        {**NOISY, "float8_scores": True, "is_causal": True},
-    ),
-    "float8 scores, plain": ({}, {"score_cap": None, "float8_scores": True}),
-    "no denominator": ({}, {**NOISY, "denominator_std": math.inf, "floor": 50.0}),
-}
-
-
-def _spec(changes):
-    return Spec(**{"scale": 0.3, **changes})
+from tests._mosaic_gpu_common import CASES, KEY, NOISY
+from tests._mosaic_gpu_common import make_operands as _operands
+from tests._mosaic_gpu_common import make_spec as _spec
 
 
 def _score_error(operands, spec):
@@ -184,106 +114,6 @@ def test_every_shards_release_is_charged(monkeypatch, backend):
     assert charged(backend).count == 2
 
 
-@pytest.mark.parametrize("block_k", (64, 128, 160))
-def test_groups_that_are_not_charged_for_are_refused(block_k):
-    # Five tiles of 96 keys are; more keys in one accumulator would round by more than F4 says.
-    shape = mosaic_gpu.Shape(block_k=block_k, flush=5)
-    operands = _operands(keys=1100, width=128)
-    with pytest.raises(ValueError, match="480 to 512 keys"):
-        mosaic_gpu.forward(operands, _spec(NOISY), shape=shape)
-
-
-def test_turns_of_one_or_three_warpgroups_are_refused():
-    for compute in (1, 3):
-        shape = mosaic_gpu.Shape(compute=compute, turns=True)
-        with pytest.raises(ValueError, match="two computing warpgroups"):
-            mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
-
-
-@pytest.mark.parametrize("early", (-4, 6, 68))
-def test_weights_that_no_thread_has_are_not_made_early(early):
-    shape = mosaic_gpu.Shape(early=early)
-    with pytest.raises(ValueError, match="multiple of 4 up to 64"):
-        mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
-
-
-def test_noise_of_fewer_columns_than_a_chunk_is_not_left_to_the_computing_warps():
-    with pytest.raises(ValueError, match="tails=False for 48 columns"):
-        mosaic_gpu.forward(_operands(width=48), _spec(NOISY), shape=mosaic_gpu.Shape(tails=True))
-
-
-@pytest.mark.parametrize(
-    ("width", "value_width", "keys", "tails"),
-    [
-        *[(80, 80, 300, True), (80, 80, 700, False), (128, 72, 300, True), (80, 48, 300, False)],
-        *[(80, 64, 300, False), (128, 128, 300, False), (64, 64, 300, False)],
-    ],
-)
-def test_computing_warps_draw_noise_beside_whole_chunks_of_short_calls(
-    width, value_width, keys, tails
-):
-    operands, spec = _operands(width=width, keys=keys), _spec(NOISY)
-    operands = operands._replace(value=operands.value[..., :1].repeat(value_width, -1))
-    cut = mosaic_gpu.cut(operands, spec)
-    assert cut.tails == tails
-    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec)[0])
-    lowered = run.trace(operands).lower(lowering_platforms=("cuda",))
-    assert "dpfa_mosaic_forward_kernel" in lowered.as_text()
-
-
-def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
-    masks = ({}, {"is_causal": True}, {"window": (60, 30)})
-    for width, keys, mask in itertools.product((16, 64, 80, 128, 256), (300, 700, 9000), masks):
-        spec = _spec({**NOISY, **mask})
-        operands = jax.eval_shape(lambda w=width, k=keys: _operands(keys=k, width=w, queries=8))
-        group = (cut := mosaic_gpu.cut(operands, spec)).block_k * cut.flush
-        assert accumulators.SHORTEST_GROUP <= group <= accumulators.GROUP_KEYS
-        # What a thread adds to a denominator before it joins the double word, at most (F4).
-        assert (cut.flush + 1) * cut.block_k // 4 <= 160
-
-
-def _tile_plan(queries, width, **changes):
-    spec, plans = _spec({**NOISY, **changes}), []
-
-    def trace():
-        operands = _operands(queries=queries, keys=queries, heads=32, kv_heads=16, width=width)
-        plans.append(mosaic_gpu._plan(operands, spec, mosaic_gpu.cut(operands, spec))[0])
-
-    jax.eval_shape(trace)
-    return plans[0]
-
-
-@pytest.mark.parametrize("changes", ({"is_causal": True}, {"window": (500, 0)}))
-@pytest.mark.parametrize(("queries", "width"), [(300, 64), (2048, 128), (4096, 128)])
-def test_schedule_has_every_tile_once_and_gives_all_blocks_as_much_to_do(queries, width, changes):
-    plan = _tile_plan(queries, width, **changes)
-    assert plan.scheduled
-    table = plan.schedule()
-    mine = [row[1 : 1 + row[0]] for row in table]
-    np.testing.assert_array_equal(np.sort(np.concatenate(mine)), np.arange(plan.tiles))
-    # Tile by tile as the kernel places them, not by the table's own costs.
-    block, *_ = jax.vmap(plan.place)(jnp.arange(plan.tiles, dtype=jnp.int32))
-    costs = np.asarray(jax.vmap(plan.key_range)(block)[1]) + 3
-    loads = np.array([costs[tiles].sum() for tiles in mine])
-    assert loads.sum() == costs.sum()
-    # A block that begins last cannot be later than the mean by more than its last tile.
-    assert loads.max() <= loads.mean() + costs.max()
-    every = np.array([costs[first :: plan.programs].sum() for first in range(plan.programs)])
-    assert loads.max() <= every.max()
-    # What the table is for: the formula gives some blocks of the grid the longest rows throughout.
-    assert "window" in changes or queries < 2048 or loads.max() < 0.95 * every.max()
-
-
-def test_key_ranges_are_the_same_in_both_arithmetics():
-    for changes in ({"is_causal": True}, {"window": (70, 30)}, {"window": (0, 0)}, {}):
-        plan = _tile_plan(700, 64, **changes)
-        blocks = np.arange(plan.query_blocks, dtype=np.int32)
-        ours = plan.key_range(blocks, np)
-        kernels = jax.vmap(plan.key_range)(jnp.asarray(blocks))
-        for a, b in zip(ours, kernels, strict=True):
-            np.testing.assert_array_equal(np.broadcast_to(a, blocks.shape), b)
-
-
 def test_column_squares_lowers_for_cuda_without_a_gpu():
     spec = _spec(NOISY)
     traced = jax.jit(lambda operands: mosaic_gpu.column_squares(operands, spec)).trace(_operands())
@@ -341,27 +171,6 @@ def test_sums_rounding_stays_near_one_percent():
     assert accumulators.rounding(32769) == math.inf
     with pytest.raises(ValueError, match="32768"):
         accumulators.sums_rounding(32769)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ("causal", "several groups", "several groups, causal", "width 80"))
-def test_answers_are_the_same_bits_however_the_kernel_is_cut(name):
-    shapes, changes = CASES[name]
-    operands, spec = _operands(**shapes), _spec({**changes, "on_grid": True})
-    shape = mosaic_gpu.cut(operands, spec)
-    changes = [{"nearby": 0}, {"nearby": 1 << 30}, {"turns": True}]
-    changes += [{"early": early} for early in (None, 0, 4, 20, shape.block_k // 2)]
-    if operands.value.shape[3] > 64:
-        changes += [{"tails": not shape.tails}]
-
-    def run(change):
-        shaped = dataclasses.replace(shape, **change)
-        return jax.jit(lambda o: mosaic_gpu.forward(o, spec, shape=shaped))(operands)
-
-    wanted = run({})
-    for change in changes:
-        for ours, theirs in zip(jax.tree.leaves(run(change)), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (ours, theirs)))
 
 
 @pytest.mark.gpu

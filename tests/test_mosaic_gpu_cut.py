@@ -1,0 +1,138 @@
+"""Which statement does this file keep true? The Hopper kernel answers alike however it is cut.
+
+Cuts that would round by more than is charged, or wait for ever, are refused.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpfa_jax.pallas import accumulators, mosaic_gpu
+from tests._mosaic_gpu_common import CASES, NOISY
+from tests._mosaic_gpu_common import make_operands as _operands
+from tests._mosaic_gpu_common import make_spec as _spec
+
+
+@pytest.mark.parametrize("block_k", (64, 128, 160))
+def test_groups_that_are_not_charged_for_are_refused(block_k):
+    # Five tiles of 96 keys are; more keys in one accumulator would round by more than F4 says.
+    shape = mosaic_gpu.Shape(block_k=block_k, flush=5)
+    operands = _operands(keys=1100, width=128)
+    with pytest.raises(ValueError, match="480 to 512 keys"):
+        mosaic_gpu.forward(operands, _spec(NOISY), shape=shape)
+
+
+def test_turns_of_one_or_three_warpgroups_are_refused():
+    for compute in (1, 3):
+        shape = mosaic_gpu.Shape(compute=compute, turns=True)
+        with pytest.raises(ValueError, match="two computing warpgroups"):
+            mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
+
+
+@pytest.mark.parametrize("early", (-4, 6, 68))
+def test_weights_that_no_thread_has_are_not_made_early(early):
+    shape = mosaic_gpu.Shape(early=early)
+    with pytest.raises(ValueError, match="multiple of 4 up to 64"):
+        mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
+
+
+def test_noise_of_fewer_columns_than_a_chunk_is_not_left_to_the_computing_warps():
+    with pytest.raises(ValueError, match="tails=False for 48 columns"):
+        mosaic_gpu.forward(_operands(width=48), _spec(NOISY), shape=mosaic_gpu.Shape(tails=True))
+
+
+@pytest.mark.parametrize(
+    ("width", "value_width", "keys", "tails"),
+    [
+        *[(80, 80, 300, True), (80, 80, 700, False), (128, 72, 300, True), (80, 48, 300, False)],
+        *[(80, 64, 300, False), (128, 128, 300, False), (64, 64, 300, False)],
+    ],
+)
+def test_computing_warps_draw_noise_beside_whole_chunks_of_short_calls(
+    width, value_width, keys, tails
+):
+    operands, spec = _operands(width=width, keys=keys), _spec(NOISY)
+    operands = operands._replace(value=operands.value[..., :1].repeat(value_width, -1))
+    cut = mosaic_gpu.cut(operands, spec)
+    assert cut.tails == tails
+    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec)[0])
+    lowered = run.trace(operands).lower(lowering_platforms=("cuda",))
+    assert "dpfa_mosaic_forward_kernel" in lowered.as_text()
+
+
+def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
+    masks = ({}, {"is_causal": True}, {"window": (60, 30)})
+    for width, keys, mask in itertools.product((16, 64, 80, 128, 256), (300, 700, 9000), masks):
+        spec = _spec({**NOISY, **mask})
+        operands = jax.eval_shape(lambda w=width, k=keys: _operands(keys=k, width=w, queries=8))
+        group = (cut := mosaic_gpu.cut(operands, spec)).block_k * cut.flush
+        assert accumulators.SHORTEST_GROUP <= group <= accumulators.GROUP_KEYS
+        # What a thread adds to a denominator before it joins the double word, at most (F4).
+        assert (cut.flush + 1) * cut.block_k // 4 <= 160
+
+
+def _tile_plan(queries, width, **changes):
+    spec, plans = _spec({**NOISY, **changes}), []
+
+    def trace():
+        operands = _operands(queries=queries, keys=queries, heads=32, kv_heads=16, width=width)
+        plans.append(mosaic_gpu._plan(operands, spec, mosaic_gpu.cut(operands, spec))[0])
+
+    jax.eval_shape(trace)
+    return plans[0]
+
+
+@pytest.mark.parametrize("changes", ({"is_causal": True}, {"window": (500, 0)}))
+@pytest.mark.parametrize(("queries", "width"), [(300, 64), (2048, 128), (4096, 128)])
+def test_schedule_has_every_tile_once_and_gives_all_blocks_as_much_to_do(queries, width, changes):
+    plan = _tile_plan(queries, width, **changes)
+    assert plan.scheduled
+    table = plan.schedule()
+    mine = [row[1 : 1 + row[0]] for row in table]
+    np.testing.assert_array_equal(np.sort(np.concatenate(mine)), np.arange(plan.tiles))
+    # Tile by tile as the kernel places them, not by the table's own costs.
+    block, *_ = jax.vmap(plan.place)(jnp.arange(plan.tiles, dtype=jnp.int32))
+    costs = np.asarray(jax.vmap(plan.key_range)(block)[1]) + 3
+    loads = np.array([costs[tiles].sum() for tiles in mine])
+    assert loads.sum() == costs.sum()
+    # A block that begins last cannot be later than the mean by more than its last tile.
+    assert loads.max() <= loads.mean() + costs.max()
+    every = np.array([costs[first :: plan.programs].sum() for first in range(plan.programs)])
+    assert loads.max() <= every.max()
+    # What the table is for: the formula gives some blocks of the grid the longest rows throughout.
+    assert "window" in changes or queries < 2048 or loads.max() < 0.95 * every.max()
+
+
+def test_key_ranges_are_the_same_in_both_arithmetics():
+    for changes in ({"is_causal": True}, {"window": (70, 30)}, {"window": (0, 0)}, {}):
+        plan = _tile_plan(700, 64, **changes)
+        blocks = np.arange(plan.query_blocks, dtype=np.int32)
+        ours = plan.key_range(blocks, np)
+        kernels = jax.vmap(plan.key_range)(jnp.asarray(blocks))
+        for a, b in zip(ours, kernels, strict=True):
+            np.testing.assert_array_equal(np.broadcast_to(a, blocks.shape), b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("causal", "several groups", "several groups, causal", "width 80"))
+def test_answers_are_the_same_bits_however_the_kernel_is_cut(name):
+    shapes, changes = CASES[name]
+    operands, spec = _operands(**shapes), _spec({**changes, "on_grid": True})
+    shape = mosaic_gpu.cut(operands, spec)
+    changes = [{"nearby": 0}, {"nearby": 1 << 30}, {"turns": True}]
+    changes += [{"early": early} for early in (None, 0, 4, 20, shape.block_k // 2)]
+    if operands.value.shape[3] > 64:
+        changes += [{"tails": not shape.tails}]
+
+    def run(change):
+        shaped = dataclasses.replace(shape, **change)
+        return jax.jit(lambda o: mosaic_gpu.forward(o, spec, shape=shaped))(operands)
+
+    wanted = run({})
+    for change in changes:
+        for ours, theirs in zip(jax.tree.leaves(run(change)), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (ours, theirs)))
