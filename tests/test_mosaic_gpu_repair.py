@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dpfa_jax.clipping._batch import inner_jaxprs
 from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_blocks, mosaic_gpu_gradients, triton
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, Matrix
-from tests import test_mosaic_gpu as forwards
+from tests import _mosaic_gpu_common as forwards
 from tests import test_mosaic_gpu_backward as backwards
 
 BAD = (np.nan, np.inf, -np.inf)
@@ -68,9 +68,9 @@ def _made(run, operands, shapes):
 
 @pytest.mark.parametrize("mark_queries", (False, True))
 def test_forward_makes_nothing_of_the_size_of_rows(mark_queries):
-    operands = forwards._operands(keys=304)
+    operands = forwards.make_operands(keys=304)
     operands = _with_holes(operands._replace(value=operands.value[..., :32]))
-    spec = forwards._spec({**forwards.NOISY, "mark_queries": mark_queries})
+    spec = forwards.make_spec({**forwards.NOISY, "mark_queries": mark_queries})
     shapes = [x.shape for x in operands[:3]]
     found = _made(lambda operands: mosaic_gpu.forward(operands, spec), operands, shapes)
     assert found == (set() if mark_queries else {("is_finite", "bool")})
@@ -84,8 +84,8 @@ def test_backward_makes_gradients_alone_of_the_size_of_keys():
 
 
 def test_kernels_that_repair_lower_for_cuda_without_a_gpu():
-    spec = forwards._spec(forwards.ROWS)
-    operands = _with_holes(forwards._operands())
+    spec = forwards.make_spec(forwards.ROWS)
+    operands = _with_holes(forwards.make_operands())
     text = backwards._lowered(lambda operands: mosaic_gpu.forward(operands, spec), operands)
     assert "dpfa_mosaic_forward_kernel_repair" in text
     operands = _with_holes(backwards._operands())
@@ -177,8 +177,8 @@ FORWARD += ("wide", "segments and window", "float8 scores", "float8 scores, caus
 def test_forward_has_the_bits_of_a_call_with_zeros(name, mark_queries):
     # Noise included: another record's sums may not round differently for it.
     shapes, changes = forwards.CASES[name]
-    spec = forwards._spec({**changes, "mark_queries": mark_queries})
-    operands, lost = _with_lost_queries(_with_holes(forwards._operands(**shapes)))
+    spec = forwards.make_spec({**changes, "mark_queries": mark_queries})
+    operands, lost = _with_lost_queries(_with_holes(forwards.make_operands(**shapes)))
     # Marked queries are answered by NaN in the kernel without repair too.
     clean = _zeroed(operands, lost & (not mark_queries))
     run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec))
