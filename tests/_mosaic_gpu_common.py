@@ -79,3 +79,8 @@ CASES = {
 
 def make_spec(changes):
     return Spec(**{"scale": 0.3, **changes})
+
+
+def relative(found, wanted):
+    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)

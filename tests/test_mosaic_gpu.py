@@ -18,6 +18,7 @@ from dpfa_jax.pallas import accumulators, mosaic_gpu, mosaic_gpu_gradients
 from tests._mosaic_gpu_common import CASES, KEY, NOISY
 from tests._mosaic_gpu_common import make_operands as _operands
 from tests._mosaic_gpu_common import make_spec as _spec
+from tests._mosaic_gpu_common import relative as _relative
 
 
 def _score_error(operands, spec):
@@ -31,11 +32,6 @@ def _score_error(operands, spec):
     largest = [float(jnp.max(jnp.abs(x.astype(jnp.float32)))) for x in operands[:2]]
     sums = [float(x) for x in rows]
     return 2.0**-11 * spec.scale * min(sums[0] * largest[1], sums[1] * largest[0])
-
-
-def _relative(found, wanted):
-    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
-    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize(

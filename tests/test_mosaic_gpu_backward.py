@@ -11,31 +11,20 @@ import numpy as np
 import pytest
 
 from dpfa_jax import reference
-from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_gradient_blocks, mosaic_gpu_gradients, triton
+from tests._mosaic_gpu_common import make_operands
+from tests._mosaic_gpu_common import make_spec as _spec
+from tests._mosaic_gpu_common import relative as _relative
 
-KEY = np.arange(8, dtype=np.uint32) * 77777 + 5
 CAPPED = {"score_cap": 2.0, "floor": 0.2}
 NOISY = {**CAPPED, "noise": "sums", "noise_std": 0.1, "denominator_std": 0.2, "ball": 1.0}
 NAME = "dpfa_mosaic_gradient_kernel"
 
 
-def _operands(*, queries=200, keys=300, heads=4, kv_heads=2, width=64, dtype="bfloat16", **more):
-    draw = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(draw.standard_normal(shape, np.float32), dtype)
-
-    weights = -draw.exponential(size=(2, keys, kv_heads)).astype(np.float32)
-    weights[:, 5] = -np.inf
-    return Operands(
-        normal(2, queries, heads, width),
-        normal(2, keys, kv_heads, width),
-        normal(2, keys, kv_heads, width),
-        jnp.asarray(weights),
-        noise_key=jnp.asarray(KEY),
-        **more,
-    )
+def _operands(**changes):
+    """As in the forward tests, with one record that does not count."""
+    operands = make_operands(**changes)
+    return operands._replace(log_weights=operands.log_weights.at[:, 5].set(-jnp.inf))
 
 
 CASES = {
@@ -61,15 +50,6 @@ CASES = {
     "mask": ({"mask": jnp.arange(600).reshape(2, 1, 1, 300) % 7 > 1}, CAPPED),
     "one query and one key": ({"queries": 1, "keys": 6, "heads": 2}, CAPPED),
 }
-
-
-def _spec(changes):
-    return Spec(**{"scale": 0.3, **changes})
-
-
-def _relative(found, wanted):
-    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
-    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
 def _cotangent(operands):
