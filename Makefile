@@ -78,8 +78,8 @@ $(VENV)/.made-test: $(VENV)/.made-demo
 	@touch $(VENV)/.made-demo $@
 
 # The kernels compiled for an H200 without a GPU, in an environment of their own. Fails where one
-# spills more registers, or a call holds more memory, than the tables in
-# experiments/compile_kernels.py allow.
+# spills more registers, takes more detours in its loops, or a call holds more memory, than the
+# tables in experiments/compile_kernels.py allow.
 aot: $(VENV)-aot/.made
 	PYTHONPATH=. JAX_PLATFORMS=cpu $(VENV)-aot/bin/python experiments/compile_kernels.py
 

@@ -119,7 +119,7 @@ def _aligned(array, width: int | None = None):
 
 
 def cut(operands: Operands, spec: Spec) -> Shape:
-    """How the forward kernel is cut: what was fastest on an H100, or fits.
+    """How the forward kernel is cut: what was fastest on an H100 or H200, or fits.
 
     Args:
       operands: the call's arrays, or their shapes.
