@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpfa_jax.pallas import accumulators, mosaic_gpu
-from tests._mosaic_gpu_common import CASES, NOISY
+from tests._mosaic_gpu_common import CASES, NOISY, ROWS
 from tests._mosaic_gpu_common import make_operands as _operands
 from tests._mosaic_gpu_common import make_spec as _spec
 
@@ -59,6 +59,8 @@ def test_computing_warps_draw_noise_beside_whole_chunks_of_short_calls(
     operands = operands._replace(value=operands.value[..., :1].repeat(value_width, -1))
     cut = mosaic_gpu.cut(operands, spec)
     assert cut.tails == tails
+    # With noise on rows too, whose long calls are cut as short ones are.
+    assert mosaic_gpu.cut(operands, _spec(ROWS)).tails == tails
     run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec)[0])
     lowered = run.trace(operands).lower(lowering_platforms=("cuda",))
     assert "dpfa_mosaic_forward_kernel" in lowered.as_text()
