@@ -293,7 +293,7 @@ def _forward(
     if spec.noise == "rows":
         outputs["clean"] = outputs["out"]
     outputs |= {name: (size, jnp.float32) for name, size in buffers(plan).items()}
-    threads = shape.compute + 1 + plan.noisy
+    threads = shape.compute + 1 + plan.noisy * shape.drawing
     memory = scratch(plan)
     found = _run(kernels.forward_kernel, plan, inputs, outputs, memory, plan.programs, threads)
     queries, width = plan.queries, operands.value.shape[3]

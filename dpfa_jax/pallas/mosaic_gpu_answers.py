@@ -10,18 +10,17 @@ from dpfa_jax.pallas.mosaic_gpu_plan import Plan
 from dpfa_jax.pallas.mosaic_gpu_registers import PACKED
 
 
-def _bounded(ratio, bound):
-    """Rows of ratio·bound scaled to norm ≤ bound, and their factors; rows not finite become 0."""
-    shape = ratio.shape
+def _factors(ratio):
+    """What brings rows to norm ≤ 1, and where their squares are finite: (64,) each."""
     square = jnp.sum(ratio * ratio, axis=1)
-    factor = jnp.minimum(1.0, lax.rsqrt(jnp.maximum(square, 2.0**-120)))
-    finite = square < jnp.inf
-    factor = jnp.where(finite, factor, 0.0)
-    wide = lax.broadcast_in_dim(factor * bound, shape, [0])
-    return jnp.where(lax.broadcast_in_dim(finite, shape, [0]), ratio * wide, 0.0), factor
+    return jnp.minimum(1.0, lax.rsqrt(jnp.maximum(square, 2.0**-120))), square < jnp.inf
 
 
-def answer(plan: Plan, total, mass, noise):
+def _wide(row, shape):
+    return lax.broadcast_in_dim(row, shape, [0])
+
+
+def answer(plan: Plan, total, mass, noise, lost):
     """What is made of a tile's sums: noise, ratio, projection.
 
     Args:
@@ -29,9 +28,11 @@ def answer(plan: Plan, total, mass, noise):
       total: (64, h) float32, sums of weights and values.
       mass: (64,) float32 and its low word, sums of weights.
       noise: (64, h) and (64,) of what the plan says that noise is added to, else None.
+      lost: (64,), NaN for a query that is not finite, else 0; or None.
 
     Returns:
-      The answer, it without noise, denominators, and factors of the projection or None.
+      The answer, NaN where the query is lost, it without noise, denominators, and factors of the
+      projection or None.
     """
     spec = plan.spec
     shape = total.shape
@@ -50,35 +51,40 @@ def answer(plan: Plan, total, mass, noise):
     unit = 1.0 if bound is None else 1.0 / bound
     if plan.released:
         inverse = unit / jnp.maximum(mass, spec.floor)
-        ratio = total * lax.broadcast_in_dim(inverse, shape, [0])
+        ratio = total * _wide(inverse, shape)
     else:
         ratio = total * (unit / spec.floor)
         mass = mass * 0.0
     factor = None
     if bound is not None:
-        ratio, factor = _bounded(ratio, bound)
+        factor, finite = _factors(ratio)
+        if plan.contained:
+            ratio = ratio * _wide(factor * bound + lost, shape)
+        else:
+            factor = jnp.where(finite, factor, 0.0)
+            ratio = jnp.where(_wide(finite, shape), ratio * _wide(factor * bound, shape), 0.0)
     clean = ratio
     if spec.noise == "rows":
         ratio = noise_blocks.on_grid(ratio + plgpu.layout_cast(noise[0], PACKED), spec)
+    if lost is not None and not plan.contained:
+        ratio = ratio + _wide(lost, shape)
     return ratio, clean, mass, factor
 
 
-def marked(answer, factor, best, lost):
-    """NaN for queries that are not finite, which the gradients know by a factor of 0.
+def marked(factor, best, lost):
+    """Marks of queries that are not finite, which the gradients know by a factor of 0.
 
     Beside their maximum, that of no score, weights made anew would be infinite: they get one beside
     which weights are 0.
 
     Args:
-      answer: (64, h).
       factor: (64,) of the projection, or None.
       best: (64,), the largest exponents.
       lost: (64,), NaN for such a query, else 0.
 
     Returns:
-      The answer, the factors and the largest exponents.
+      The factors and the largest exponents.
     """
     known = lost == 0
     factor = jnp.where(known, 1.0 if factor is None else factor, 0.0)
-    wide = lax.broadcast_in_dim(lost, answer.shape, [0])
-    return answer + wide, factor, jnp.where(known, best, 3e38)
+    return factor, jnp.where(known, best, 3e38)

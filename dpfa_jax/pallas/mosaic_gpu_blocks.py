@@ -377,13 +377,12 @@ def _row_words(ref, matrix):
     return start, (offsets, [8 * matrix.swizzle * tiles + offset for offset in offsets])
 
 
-# By bytes of a number: a word of shared memory times 0 plus what was there.
+# By bytes of a number: a word w of shared memory times 0 plus what was there, t.
 _UNFINITE = MappingProxyType(
     {
-        1: "{{ .reg .b32 w, x; .reg .b16 a, b; ld.shared.b32 w, [$1+{offset}];"
-        " mov.b32 {{a, b}}, w; cvt.rn.f16x2.e4m3x2 x, a; fma.rn.f16x2 x, x, $2, $3;"
-        " cvt.rn.f16x2.e4m3x2 w, b; fma.rn.f16x2 $0, w, $2, x; }}",
-        2: "{{ .reg .b32 w; ld.shared.b32 w, [$1+{offset}]; fma.rn.{half}x2 $0, w, $2, $3; }}",
+        1: " mov.b32 {{a, b}}, {w}; cvt.rn.f16x2.e4m3x2 x, a; fma.rn.f16x2 {t}, x, $2, {t};"
+        " cvt.rn.f16x2.e4m3x2 x, b; fma.rn.f16x2 {t}, x, $2, {t};",
+        2: " fma.rn.{half}x2 {t}, {w}, $2, {t};",
     }
 )
 
@@ -396,20 +395,43 @@ def unfinite(ref, matrix):
       matrix: its dtype and transforms.
     """
     half = "f16" if matrix.bytes == 1 else rg.half_name(matrix.dtype)
+    # The four threads of a row read all of 32, 64 or half of 128 bytes of it at a time.
+    count = min(4, matrix.swizzle // 16)
+    words = [f"w{i}" for i in range(count)]
+    steps = "".join(_UNFINITE[matrix.bytes].format(w=word, t="t", half=half) for word in words)
+
+    def text(offset):
+        return (
+            f"{{ .reg .b32 x, t, {', '.join(words)}; .reg .b16 a, b; mov.b32 t, $3;"
+            f" ld.shared.v{count}.b32 {{{', '.join(words)}}}, [$1+{offset}];"
+            f"{steps} mov.b32 $0, t; }}"
+        )
 
     @rg.inline(
         arg_types=(plgpu.RefType(matrix.transforms),),
         return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, rg.ROW),
     )
     def run(_, ref):
-        start, rows = _row_words(ref, matrix)
+        first, lane = rg.lane_place()
+        tiles = matrix.width * matrix.bytes // matrix.swizzle
+        block = _times(arith.shrui(first, rg.integer(3)), tiles * 8 * matrix.swizzle)
+        inside = _times(arith.andi(first, rg.integer(7)), matrix.swizzle)
+        start = arith.addi(_base(ref), arith.addi(block, inside))
+        starts = [arith.addi(start, _times(lane, 4 * count))]
+        if matrix.swizzle == 128:
+            # Neighbouring rows start with different halves: 32 threads read 32 banks.
+            odd = _times(arith.andi(first, rg.integer(1)), 64)
+            starts = [arith.addi(starts[0], odd)]
+            starts.append(arith.xori(starts[0], rg.integer(64)))
         found = []
-        for offsets in rows:
+        for below in range(2):
             total = rg.integer(0)
-            for offset in offsets:
-                given = [start, rg.integer(0), total]
-                text = _UNFINITE[matrix.bytes].format(offset=offset, half=half)
-                total = rg.asm(rg.i32(), given, text, "=r,r,r,r,~{memory}", effects=True)
+            for tile in range(tiles):
+                for place in starts:
+                    offset = 8 * matrix.swizzle * (tile + below * tiles)
+                    given = [place, rg.integer(0), total]
+                    kinds = "=r,r,r,r,~{memory}"
+                    total = rg.asm(rg.i32(), given, text(offset), kinds, effects=True)
             both = f"{{ .reg .b16 a, b; mov.b32 {{a, b}}, $1; add.rn.{half} a, a, b;"
             both += f" cvt.f32.{half} $0, a; }}"
             value = rg.asm(rg.f32(), [total], both, "=f,r")

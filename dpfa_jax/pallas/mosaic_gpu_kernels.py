@@ -20,7 +20,7 @@ from dpfa_jax.pallas import mosaic_gpu_masks as masks
 from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
 from dpfa_jax.pallas import mosaic_gpu_products as products
 from dpfa_jax.pallas.accumulators import RUN_GROUPS
-from dpfa_jax.pallas.mosaic_gpu_plan import Plan
+from dpfa_jax.pallas.mosaic_gpu_plan import ROW_BATCH, Plan
 from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, ROW, ROWS, TILE, uniform
 
 _PAIR = 2
@@ -38,18 +38,22 @@ def _each_tile(plan: Plan, refs, body, carry):
     """`body(local number, tile, carry)` over the tiles of this block of the grid."""
     program = lax.axis_index("program")
     if plan.scheduled:
-        table = refs["schedule"].at[program]
-
-        def listed(index, carry):
-            return body(index, table[index + 1], carry)
-
-        return lax.fori_loop(jnp.int32(0), table[0], listed, carry)
-    mine = lax.div(jnp.int32(plan.tiles - 1) - program, jnp.int32(plan.programs)) + 1
+        mine = refs["schedule"].at[program][0]
+    else:
+        mine = lax.div(jnp.int32(plan.tiles - 1) - program, jnp.int32(plan.programs)) + 1
 
     def step(index, carry):
-        return body(index, program + index * plan.programs, carry)
+        return body(index, _tile_number(plan, refs, index), carry)
 
     return lax.fori_loop(jnp.int32(0), mine, step, carry)
+
+
+def _tile_number(plan: Plan, refs, index):
+    """This block's tile of that local number; some tile if it has fewer, up to a whole batch."""
+    program = lax.axis_index("program")
+    if plan.scheduled:
+        return refs["schedule"].at[program][index + 1]
+    return program + index * plan.programs
 
 
 def _copy_loop(plan: Plan, refs):
@@ -95,10 +99,34 @@ def _noise_buffer(plan: Plan, refs, slot, wg):
     return noise.at[slot, wg]
 
 
-def _noise_loop(plan: Plan, refs):
-    """The noise warpgroup: draws for later tiles while this one's sums are made."""
+def _row_places(plan: Plan, refs, wg, index, count: int = 1):
+    """Where the denominators' noise waits: of `wg` and those drawn with it, `count` tiles on."""
+    drawing, rows = lax.div(wg, jnp.int32(plan.served)), plan.served * ROWS
+    first = lax.rem(index, jnp.int32(plan.row_ring)) * rows
+    if count == 1:
+        rows = ROWS
+        first += lax.rem(wg, jnp.int32(plan.served)) * ROWS
+    return refs["row_noise"].at[lax.axis_index("program"), drawing, pl.ds(first, count * rows)]
+
+
+def _noise_loop(plan: Plan, refs, first):
+    """A noise warpgroup: draws for later tiles while this one's sums are made.
+
+    Args:
+      plan: what is static.
+      refs: by name.
+      first: the first computing warpgroup of those that it draws for.
+    """
     spec, key, slots, compute = plan.spec, refs["noise_key"], plan.shape.slots, plan.shape.compute
-    program = lax.axis_index("program")
+
+    def rows(index):
+        """Noise of the denominators of this tile and the ones after it."""
+        places = []
+        for later in range(ROW_BATCH):
+            block, head, batch = plan.place(_tile_number(plan, refs, index + later))
+            places.append((batch, head, block * plan.block_q + first * ROWS))
+        out = _row_places(plan, refs, first, index, ROW_BATCH)
+        noise_blocks.row_noise(key, places, plan.served * ROWS, spec.denominator_std, out)
 
     def tile(index, number, carry):
         block, head, batch = plan.place(number)
@@ -106,8 +134,8 @@ def _noise_loop(plan: Plan, refs):
         slot = _slot(index, slots)
         pl.when(index >= slots)(lambda: plgpu.barrier_wait(refs["noise_empty"].at[slot]))
         if plan.row_noisy:
-            std, out = spec.denominator_std, refs["row_noise"].at[program, slot]
-            noise_blocks.row_noise(key, batch, head, start, plan.block_q, std, out)
+            # One warp draws for several tiles in the time that it would draw for one.
+            pl.when(lax.rem(index, jnp.int32(ROW_BATCH)) == 0)(lambda: rows(index))
 
         def half(wg, carry):
             place = batch, head, start + wg * ROWS
@@ -116,7 +144,9 @@ def _noise_loop(plan: Plan, refs):
             plgpu.barrier_arrive(refs["noise_full"].at[slot * compute + wg])
             return carry
 
-        return lax.fori_loop(jnp.int32(0), jnp.int32(compute), half, carry)
+        if plan.served == 1:
+            return half(first, carry)
+        return lax.fori_loop(first, first + plan.served, half, carry)
 
     _each_tile(plan, refs, tile, jnp.int32(0))
 
@@ -285,11 +315,12 @@ def _sums(plan: Plan, refs, wg, place, step):
     carry = lax.fori_loop(begin, count, one, carry)
     rounded, total, outer, mass, best = carry
     slot = _slot(step + count - 1, stages)
-    lost = blocks.unfinite(given, plan.given) if plan.marks else None
-    arrive("q_empty", wg)
     wait_values(slot)
-    value = refs["v"].at[slot]
-    total = products.sums(value, rounded, total, adds(count - 1), matrices[1])
+    total = products.started(refs["v"].at[slot], rounded, total, adds(count - 1), matrices[1])
+    # Read beside the last products, which take as long.
+    lost = blocks.unfinite(given, plan.given) if plan.marks else None
+    total = products.finish(total, rounded, None, False)
+    arrive("q_empty", wg)
     arrive("v_empty", slot)
     if plan.joins:
         total = outer + total
@@ -314,8 +345,7 @@ def _noise(plan: Plan, refs, wg, place, index):
     noise = noise_blocks.noise_kept(buffer, plan.value_width, plan.drawn_ahead, *drawn)
     row = None
     if plan.row_noisy:
-        mine = lax.axis_index("program"), slot, pl.ds(wg * ROWS, ROWS)
-        row = noise_blocks.rows_kept(refs["row_noise"].at[mine])
+        row = noise_blocks.rows_kept(_row_places(plan, refs, wg, index))
     return noise, row
 
 
@@ -329,9 +359,9 @@ def _compute_loop(plan: Plan, refs, wg):
         noise = _noise(plan, refs, wg, place, index)
         if plan.noisy:
             plgpu.barrier_arrive(refs["noise_empty"].at[_slot(index, plan.shape.slots)])
-        answer, clean, mass, factor = answers.answer(plan, total, mass, noise)
+        answer, clean, mass, factor = answers.answer(plan, total, mass, noise, lost)
         if lost is not None:
-            answer, factor, best = answers.marked(answer, factor, best, lost)
+            factor, best = answers.marked(factor, best, lost)
         rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
 
         def write(name, array):
@@ -381,10 +411,10 @@ def forward_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
 
     if plan.noisy:
 
-        @pl.when(thread == compute + 1)
+        @pl.when(thread > compute)
         def _():
             plgpu.set_max_registers(registers[2], action="decrease")
-            _noise_loop(plan, refs)
+            _noise_loop(plan, refs, (thread - compute - 1) * plan.served)
 
 
 def column_scratch(plan: Plan) -> dict:

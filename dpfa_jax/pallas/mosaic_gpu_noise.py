@@ -146,22 +146,28 @@ def _chacha(key, address):
 
 
 def _normal_pair(first, second, scale: float):
-    """`random.normal_pair` times `scale`, with the device's approximate functions."""
+    """`random.normal_pair` times `scale`, with the device's approximate functions.
+
+    The 40 bits of the radius are read as a signed number: its sign says which half of (0, 1) the
+    uniform number lies in, its magnitude how far it is from that half's end.
+    """
     mul = arith.mulf
-    upper = arith.shrsi(first, rg.integer(31))
-    high = arith.sitofp(rg.f32(), arith.xori(first, upper))
-    low = arith.sitofp(rg.f32(), arith.shrui(arith.xori(second, upper), rg.integer(24)))
-    small = rg.fma(low, rg.real(2.0**-40), rg.real(2.0**-41))
-    small = rg.fma(high, rg.real(2.0**-32), small)
-    flipped = arith.cmpi(arith.CmpIPredicate.slt, first, rg.integer(0))
-    series = rg.fma(small, rg.real(1.0 / 3.0), rg.real(0.5))
-    series = mul(small, rg.fma(small, series, rg.real(1.0)))
-    argument = arith.select(flipped, arith.subf(rg.real(1.0), small), small)
-    logarithm = mul(rg.real(-math.log(2.0)), rg.approximate("lg2", argument))
-    tiny = arith.cmpf(arith.CmpFPredicate.OLT, small, rg.real(1.0 / 64.0))
-    square = arith.select(arith.andi(flipped, tiny), series, logarithm)
-    # √2 as a second factor: no scale can make the square overflow.
-    radius = mul(rg.approximate("sqrt", square), rg.real(scale * math.sqrt(2.0)))
+    # The upper eight bits of the second word behind the exponent of 2²³, which is taken off again.
+    text = "prmt.b32 $0, $1, 0x4B000000, 0x7443;"
+    low = rg.asm(rg.f32(), [second], text, "=f,r")
+    low = rg.fma(low, rg.real(2.0**-40), rg.real(2.0**-41 - 2.0**-17))
+    signed = rg.fma(arith.sitofp(rg.f32(), first), rg.real(2.0**-32), low)
+    argument = rg.fma(arith.uitofp(rg.f32(), first), rg.real(2.0**-32), low)
+    logarithm = rg.approximate("lg2", argument)
+    # Closer to 1 than 2⁻⁷ the series of log₂(1 + x), up to a relative x²/3.
+    near = arith.cmpi(arith.CmpIPredicate.uge, first, rg.integer(2**32 - 2**25))
+    series = rg.fma(signed, rg.real(-0.5 / math.log(2.0)), rg.real(1.0 / math.log(2.0)))
+    square = arith.select(near, mul(signed, series), logarithm)
+    # It is not above 0: the unit for roots takes a magnitude for nothing.
+    text = "{ .reg .f32 a; abs.f32 a, $1; sqrt.approx.ftz.f32 $0, a; }"
+    root = rg.asm(rg.f32(), [square], text, "=f,f")
+    # √(2 ln 2) as a second factor: no scale can make the square overflow.
+    radius = mul(root, rg.real(scale * math.sqrt(2.0 * math.log(2.0))))
     turn = arith.sitofp(rg.f32(), arith.shrsi(arith.shli(second, rg.integer(8)), rg.integer(8)))
     step = 2.0 * math.pi / 2.0**24
     angle = rg.fma(turn, rg.real(step), rg.real(step / 2))
@@ -309,30 +315,39 @@ def noise_kept(ref, width: int, kept: int, key_ref, batch, head, start, noise_st
     return run(ref, key_ref, batch, head, start)
 
 
-def row_noise(key_ref, batch, head, start, rows: int, noise_std: float, out_ref):
-    """Writes normals times `noise_std` of rows start..start+rows, both multiples of 16.
+def row_noise(key_ref, places, rows: int, noise_std: float, out_ref):
+    """Writes normals times `noise_std` of rows start..start+rows of several tiles, one for a row.
 
     One thread draws a whole block: pair j is rows 16r + j and that + 8.
 
     Args:
       key_ref: eight uint32 in global memory.
-      batch: int32 scalar, global.
-      head: int32 scalar, global.
-      start: int32 scalar, global row.
-      rows: their number, at most 512.
+      places: of each tile the batch, head and start, int32 scalars, all global.
+      rows: of one tile, a multiple of 16 like the starts; at most 2048/len(places).
       noise_std: standard deviation.
-      out_ref: (rows,) float32 in global memory.
+      out_ref: (len(places)·rows,) float32 in global memory.
     """
+    kinds = [rg.SCALAR] * 3 * len(places)
 
-    @rg.inline(arg_types=(plgpu.RefType(), rg.SCALAR, rg.SCALAR, rg.SCALAR, plgpu.RefType()))
-    def run(_, key_ref, batch, head, start, out_ref):
-        thread = rg.thread()
-        mine = arith.cmpi(arith.CmpIPredicate.ult, thread, rg.integer(rows // 16))
+    @rg.inline(arg_types=(plgpu.RefType(), *kinds, plgpu.RefType()))
+    def run(_, key_ref, *args):
+        *scalars, out_ref = args
+        thread, each = rg.thread(), rows // 16
+        mine = arith.cmpi(arith.CmpIPredicate.ult, thread, rg.integer(len(places) * each))
         branch = scf.IfOp(mine)
         with ir.InsertionPoint(branch.then_block):
-            block = arith.addi(arith.shrui(rg.scalar(start), rg.integer(4)), thread)
-            tagged = arith.ori(rg.integer(_ROWS_DOMAIN << 24), rg.scalar(head))
-            words = _chacha(_key(key_ref), [block, rg.integer(0), rg.scalar(batch), tagged])
+            scalars = [rg.scalar(x) for x in scalars]
+            place, block = scalars[:3], thread
+            for number in range(1, len(places)):
+                first = rg.integer(number * each)
+                here = arith.cmpi(arith.CmpIPredicate.uge, thread, first)
+                given = scalars[3 * number : 3 * number + 3]
+                place = [arith.select(here, *pair) for pair in zip(given, place, strict=True)]
+                block = arith.select(here, arith.subi(thread, first), block)
+            batch, head, start = place
+            block = arith.addi(arith.shrui(start, rg.integer(4)), block)
+            tagged = arith.ori(rg.integer(_ROWS_DOMAIN << 24), head)
+            words = _chacha(_key(key_ref), [block, rg.integer(0), batch, tagged])
             first = arith.shli(thread, rg.integer(4))
             for pair in range(8):
                 drawn = _normal_pair(words[2 * pair], words[2 * pair + 1], noise_std)
@@ -342,7 +357,7 @@ def row_noise(key_ref, batch, head, start, rows: int, noise_std: float, out_ref)
                     memref.store(drawn[half], out_ref, [place])
             scf.yield_([])
 
-    run(key_ref, batch, head, start, out_ref)
+    run(key_ref, *(number for place in places for number in place), out_ref)
 
 
 def rows_kept(ref):

@@ -13,12 +13,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dpfa_jax._typing import Spec
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, RUN_GROUPS, SHORTEST_GROUP
 from dpfa_jax.pallas.mosaic_gpu_noise import CHUNK
-from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, Matrix
+from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, WARPGROUP, Matrix
 
 LOG2_E = math.log2(math.e)
 
 _OWN_TIME = 3
 """What a query tile costs beside its key tiles, in key tiles."""
+
+_REGISTERS = 1 << 16
+"""Of a multiprocessor."""
+
+ROW_BATCH = 4
+"""Tiles whose denominators' noise is drawn at a time: by all of a warp's threads then."""
 
 _LONGEST_TABLE = 1 << 16
 """Tiles beyond which so many fall to each block of the grid that their order hardly matters."""
@@ -42,6 +48,8 @@ class Shape:
         to the assembler. Without a score cap it is all of them unless it is None.
       turns: whether two computing warpgroups start products in turn, so that one multiplies while
         the other makes weights.
+      drawing: warpgroups that draw noise, each that of as many computing ones: a divisor of
+        `compute`.
       tails: whether the computing warps draw the noise of columns beside whole chunks of 64, for
         which a block of words serves few numbers, instead of the drawing ones ahead of time.
     """
@@ -56,6 +64,7 @@ class Shape:
     nearby: int = 24 << 20
     early: int | None = None
     turns: bool = False
+    drawing: int = 1
     tails: bool = False
 
 
@@ -110,6 +119,20 @@ class Plan:
             raise ValueError(
                 f"Expected two computing warpgroups to take turns, got compute="
                 f"{self.shape.compute}, which would wait for ever; pass turns=False."
+            )
+        if self.shape.compute % self.shape.drawing:
+            raise ValueError(
+                f"Expected drawing to divide the {self.shape.compute} computing warpgroups, got "
+                f"{self.shape.drawing}; pass 1."
+            )
+        kinds = (self.shape.compute, 1, self.shape.drawing * self.noisy)
+        taken = sum(kind * each for kind, each in zip(kinds, self.shape.registers, strict=True))
+        # Threads start with equal shares, in eights: who waits for more than is left waits for ever.
+        given = sum(kinds) * (_REGISTERS // (WARPGROUP * sum(kinds)) // 8 * 8)
+        if taken > given:
+            raise ValueError(
+                f"Expected the registers of a thread of each of {sum(kinds)} warpgroups to add up "
+                f"to at most {given}, got registers={self.shape.registers}, {taken} in all."
             )
         early, most = self.shape.early, self.shape.block_k // 2
         if early is not None and (not 0 <= early <= most or early % 4):
@@ -170,6 +193,30 @@ class Plan:
     def released(self) -> bool:
         """Whether the denominator is used."""
         return self.spec.denominator_std != math.inf
+
+    @property
+    def served(self) -> int:
+        """Computing warpgroups of which one warpgroup draws the noise."""
+        return self.shape.compute // self.shape.drawing
+
+    @property
+    def row_ring(self) -> int:
+        """Tiles whose denominators' noise is kept: those of a batch, and what is not yet used."""
+        used = self.shape.slots - 1
+        return ROW_BATCH * (1 + -(-used // ROW_BATCH))
+
+    @property
+    def contained(self) -> bool:
+        """Whether no sum can be infinite, nor the squares of an answer before its projection.
+
+        Records that are not finite weigh nothing and the others' norms times their weights are at
+        most the ball's radius, wherever queries are marked.
+        """
+        spec = self.spec
+        if not (self.marks and self.released and spec.noise == "sums" and spec.ball is not None):
+            return False
+        largest = 2.0 * self.keys * spec.ball + 16.0 * spec.noise_std
+        return 1e-30 < spec.ball * spec.floor and largest < 1e15 * min(1.0, spec.ball * spec.floor)
 
     @property
     def sides(self) -> tuple[int | None, int | None]:
@@ -270,6 +317,8 @@ class Plan:
     def schedule(self) -> np.ndarray:
         """Each block's number of tiles and the tiles themselves: (programs, 1 + most) int32.
 
+        Rows are filled up by zeros to whole batches of `ROW_BATCH` tiles.
+
         The tiles in order, each to the block that is free first, as the device itself would place
         blocks that live for one tile. Taking every `programs`-th tile instead gives some blocks of
         the grid the longest causal rows of every region.
@@ -282,7 +331,8 @@ class Plan:
             time, program = free[0]
             heapq.heapreplace(free, (time + cost, program))
             mine[program].append(tile)
-        table = np.zeros((self.programs, max(map(len, mine)) + 1), np.int32)
+        most = -(-max(map(len, mine)) // ROW_BATCH) * ROW_BATCH
+        table = np.zeros((self.programs, most + 1), np.int32)
         for row, tiles in zip(table, mine, strict=True):
             row[0] = len(tiles)
             row[1 : 1 + len(tiles)] = tiles
@@ -360,5 +410,6 @@ def buffers(plan: Plan) -> dict:
     if plan.regroups:
         found["far"] = (plan.programs, shape.compute, ROWS * plan.value_width)
     if plan.row_noisy:
-        found["row_noise"] = (plan.programs, shape.slots, plan.block_q)
+        rows = plan.row_ring * plan.served * ROWS
+        found["row_noise"] = (plan.programs, shape.drawing, rows)
     return found

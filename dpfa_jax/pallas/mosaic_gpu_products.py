@@ -256,7 +256,7 @@ def finish(total, spent, mass, turns: bool):
     """The sums, once no product is in flight.
 
     Args:
-      total: from `overlapped`.
+      total: from `overlapped` or `started`.
       spent: the weights that were given to it: their registers are free only now.
       mass: sums of the next weights, which are then made before the wait; None leaves it to the
         assembler.
@@ -292,8 +292,8 @@ def landed(numbers, spent, first, turns: bool):
     return found
 
 
-def sums(value_ref, weights, total, add, matrix):
-    """total + weights·value, waited for; see `overlapped`."""
+def started(value_ref, weights, total, add, matrix):
+    """total + weights·value, on its way: no one may read it before `finish`; see `overlapped`."""
     width = value_ref.shape[1]
 
     @rg.inline(
@@ -303,6 +303,6 @@ def sums(value_ref, weights, total, add, matrix):
     def run(_, value, weights, total, add):
         pipeline("fence")
         new = _issue_sums(rg.numbers(total), weights, value, matrix, width, rg.scalar(add))
-        return rg.from_numbers(wait_group(new, 0), (ROWS, width), rg.TILE)
+        return rg.from_numbers(new, (ROWS, width), rg.TILE)
 
     return run(value_ref, weights, total, add)
