@@ -84,8 +84,8 @@ class Case:
             found[f"heads={heads}"] = dataclasses.replace(used, nearby=heads * one)
         if used.compute == 2:
             found["turns"] = dataclasses.replace(used, turns=not used.turns)
-        if self.width > 64 and self.width % 64:
-            found["tails"] = dataclasses.replace(used, tails=not used.tails)
+        if used.drawing > 1:
+            found["drawing=1"] = dataclasses.replace(used, drawing=1)
         if used.noise == "shared" and used.slots == 1:
             found["global noise"] = dataclasses.replace(used, noise="global", slots=2)
         return {name: shape for name, shape in found.items() if name == "used" or shape != used}

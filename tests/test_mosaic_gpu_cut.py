@@ -40,30 +40,30 @@ def test_weights_that_no_thread_has_are_not_made_early(early):
         mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
 
 
-def test_noise_of_fewer_columns_than_a_chunk_is_not_left_to_the_computing_warps():
-    with pytest.raises(ValueError, match="tails=False for 48 columns"):
-        mosaic_gpu.forward(_operands(width=48), _spec(NOISY), shape=mosaic_gpu.Shape(tails=True))
+def test_warpgroups_that_draw_for_none_are_refused():
+    shape = mosaic_gpu.Shape(drawing=3, registers=(152, 24, 40))
+    with pytest.raises(ValueError, match="drawing to divide the 2 computing"):
+        mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
 
 
 @pytest.mark.parametrize(
-    ("width", "value_width", "keys", "tails"),
-    [
-        *[(80, 80, 300, True), (80, 80, 700, False), (128, 72, 300, True), (80, 48, 300, False)],
-        *[(80, 64, 300, False), (128, 128, 300, False), (64, 64, 300, False)],
-    ],
+    ("registers", "drawing", "noise"),
+    [((216, 24, 64), 1, NOISY), ((192, 24, 40), 2, NOISY), ((232, 56, 24), 1, {})],
 )
-def test_computing_warps_draw_noise_beside_whole_chunks_of_short_calls(
-    width, value_width, keys, tails
-):
-    operands, spec = _operands(width=width, keys=keys), _spec(NOISY)
-    operands = operands._replace(value=operands.value[..., :1].repeat(value_width, -1))
-    cut = mosaic_gpu.cut(operands, spec)
-    assert cut.tails == tails
-    # With noise on rows too, whose long calls are cut as short ones are.
-    assert mosaic_gpu.cut(operands, _spec(ROWS)).tails == tails
-    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec)[0])
-    lowered = run.trace(operands).lower(lowering_platforms=("cuda",))
-    assert "dpfa_mosaic_forward_kernel" in lowered.as_text()
+def test_more_registers_than_there_are_are_refused(registers, drawing, noise):
+    # A thread that waits for registers that no other gives up waits for ever.
+    shape = mosaic_gpu.Shape(registers=registers, drawing=drawing)
+    with pytest.raises(ValueError, match="add up to at most"):
+        mosaic_gpu.forward(_operands(), _spec(noise), shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("width", "keys", "drawing"), [(80, 300, 2), (80, 700, 1), (64, 300, 1), (96, 300, 1)]
+)
+def test_two_warpgroups_draw_the_noise_of_short_calls_of_80_columns(width, keys, drawing):
+    operands = _operands(width=width, keys=keys)
+    assert mosaic_gpu.cut(operands, _spec(NOISY)).drawing == drawing
+    assert mosaic_gpu.cut(operands, _spec(ROWS)).drawing == 1
 
 
 def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
@@ -128,7 +128,7 @@ def test_answers_are_the_same_bits_however_the_kernel_is_cut(name):
     changes = [{"nearby": 0}, {"nearby": 1 << 30}, {"turns": True}]
     changes += [{"early": early} for early in (None, 0, 4, 20, shape.block_k // 2)]
     if operands.value.shape[3] > 64:
-        changes += [{"tails": not shape.tails}]
+        changes += [{"drawing": 3 - shape.drawing, "registers": (184, 24, 40)}]
 
     def run(change):
         shaped = dataclasses.replace(shape, **change)

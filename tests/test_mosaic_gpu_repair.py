@@ -14,7 +14,7 @@ from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax.clipping._batch import inner_jaxprs
-from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_blocks, mosaic_gpu_gradients, triton
+from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_gradients, mosaic_gpu_rows, triton
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, Matrix
 from tests import _mosaic_gpu_common as forwards
 from tests import test_mosaic_gpu_backward as backwards
@@ -142,7 +142,7 @@ def test_clear_unfinite_changes_what_is_not_finite_alone(width, dtype):
     rows, matrix = _every_number(dtype, width), Matrix(width, jnp.dtype(dtype))
 
     def clear(tile):
-        mosaic_gpu_blocks.clear_unfinite(tile, matrix)
+        mosaic_gpu_rows.clear_unfinite(tile, matrix)
 
     found = jax.jit(lambda rows: _on_tiles(rows, matrix, clear))(rows)
     wanted = np.where(np.asarray(jnp.isfinite(rows)), _bits(rows), 0)
@@ -160,8 +160,8 @@ def test_clear_rows_clears_the_rows_that_unfinite_finds(width, dtype):
     kept = jnp.where((row % 2 == 1) & (column == 7 * row % width), jnp.inf, kept).astype(rows.dtype)
 
     def clear(tile):
-        lost = mosaic_gpu_blocks.unfinite(tile, matrix)
-        mosaic_gpu_blocks.clear_rows(tile, lost, matrix)
+        lost = mosaic_gpu_rows.unfinite(tile, matrix)
+        mosaic_gpu_rows.clear_rows(tile, lost, matrix)
 
     found = jax.jit(lambda rows: _on_tiles(rows, matrix, clear))(kept)
     np.testing.assert_array_equal(_bits(found), np.where(row % 2 == 1, 0, _bits(kept)))

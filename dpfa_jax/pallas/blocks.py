@@ -6,7 +6,6 @@ interpreter takes the exact ones.
 """
 
 import math
-import struct
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from dpfa_jax import random
 from dpfa_jax.doubleword import grid_step, round_after, to_grid
+from dpfa_jax.pallas import ptx
 
 LOG2_E = math.log2(math.e)
 LOWEST = -3e38
@@ -53,14 +53,6 @@ def _fused(x, factor, offset):
     return result
 
 
-def _bits(number):
-    return struct.pack(">f", number).hex().upper()
-
-
-def _hex(number):
-    return "0f" + _bits(number)
-
-
 def bounded_exp2(score, cap, factor, offset, fast):
     """2^(min(score, cap)·factor + offset); a score that is NaN counts as the cap.
 
@@ -75,8 +67,8 @@ def bounded_exp2(score, cap, factor, offset, fast):
         return jnp.exp2(jnp.where(score < cap, score, cap) * factor + offset)
     (result,) = plgpu.elementwise_inline_asm(
         "{ .reg .f32 level;"
-        f" min.ftz.f32 level, $1, {_hex(cap)};"
-        f" fma.rn.ftz.f32 level, level, {_hex(factor)}, $2;"
+        f" min.ftz.f32 level, $1, {ptx.hex_float(cap)};"
+        f" fma.rn.ftz.f32 level, level, {ptx.hex_float(factor)}, $2;"
         " ex2.approx.ftz.f32 $0, level; }",
         args=[score, jnp.broadcast_to(offset, score.shape)],
         constraints="=f,f,f",
@@ -127,21 +119,13 @@ def normal_pair(first, second, fast):
     """`random.normal_pair`, with the device's approximate functions when compiled."""
     if not fast:
         return random.normal_pair(first, second)
-    upper = lax.shift_right_arithmetic(lax.bitcast_convert_type(first, jnp.int32), jnp.int32(31))
-    flip = lax.bitcast_convert_type(upper, jnp.uint32)
-    high = lax.bitcast_convert_type(first ^ flip, jnp.int32)
-    low = lax.bitcast_convert_type((second ^ flip) >> 24, jnp.int32)
-    small = (high.astype(jnp.float32) * 256.0 + (low.astype(jnp.float32) + 0.5)) * 2.0**-40
-    flipped = upper != 0
-    series = small * (1.0 + small * (0.5 + small * (1.0 / 3.0 + small * 0.25)))
-    logarithm = -math.log(2.0) * _approximate("lg2", jnp.where(flipped, 1.0 - small, small))
-    square = 2.0 * jnp.where(flipped & (small < 1.0 / 64.0), series, logarithm)
-    radius = _approximate("sqrt", square)
-    turn = lax.shift_right_arithmetic(
-        lax.bitcast_convert_type(second << 8, jnp.int32), jnp.int32(8)
+    return plgpu.elementwise_inline_asm(
+        ptx.normal_pair(),
+        args=[first, second],
+        constraints="=&f,=&f,r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(first.shape, jnp.float32)] * 2,
     )
-    angle = (turn.astype(jnp.float32) + 0.5) * (2.0 * math.pi / 2.0**24)
-    return radius * _approximate("cos", angle), radius * _approximate("sin", angle)
 
 
 def _block(key, first, second, batch, domain, head, fast):
@@ -276,9 +260,10 @@ def on_grid(x, step, fast):
     """
     if not fast or not 2.0**-100 < step < 2.0**100:
         return to_grid(x, step)
+    shift = ptx.hex_float(2.0**23 * step).replace("0f", "0x")
     (result,) = plgpu.elementwise_inline_asm(
         "{ .reg .b32 shift;"
-        f" and.b32 shift, $1, 0x80000000; or.b32 shift, shift, 0x{_bits(2.0**23 * step)};"
+        f" and.b32 shift, $1, 0x80000000; or.b32 shift, shift, {shift};"
         " add.rn.f32 $0, $1, shift; sub.rn.f32 $0, $0, shift; }",
         args=[x],
         constraints="=&f,f",

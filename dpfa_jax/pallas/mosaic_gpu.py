@@ -18,7 +18,6 @@ from dpfa_jax.pallas import triton
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
 from dpfa_jax.pallas.accumulators import rounding as rounding
 from dpfa_jax.pallas.mosaic_gpu_gradients import backward as backward
-from dpfa_jax.pallas.mosaic_gpu_noise import CHUNK
 from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratch
 from dpfa_jax.pallas.mosaic_gpu_records import narrow_records as narrow_records
 from dpfa_jax.pallas.mosaic_gpu_records import record_log_weights as record_log_weights
@@ -155,10 +154,10 @@ def cut(operands: Operands, spec: Spec) -> Shape:
         # In turns more than two tiles of keys were not measured.
         stages = 2 if shape.turns else 3
         return but(stages=stages, noise="shared", slots=2 if keys <= GROUP_KEYS else 1)
-    # Short calls wait for their noise, whose last columns take the drawing warpgroup long.
-    value_width = operands.value.shape[3]
-    tails = keys <= GROUP_KEYS and value_width > CHUNK and value_width % CHUNK > 0
-    return but(noise="shared" if width <= 80 else "global", tails=tails)
+    if spec.noise == "sums" and width <= 80:
+        # Their noise takes longer than their sums: of the last columns a block of words serves few.
+        return but(noise="shared", drawing=2, registers=(184, 24, 40))
+    return but(noise="shared" if width <= 80 else "global")
 
 
 def _plan(

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax._typing import Spec
-from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 from dpfa_jax.pallas import mosaic_gpu_gradient_blocks as steps
+from dpfa_jax.pallas import mosaic_gpu_rows as tile_rows
 from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E
 from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, ROW, ROWS, TILE, Matrix
 
@@ -223,17 +223,17 @@ def _compute_loop(plan: Plan, refs, place, wg):
         plgpu.barrier_wait(refs["q_full"].at[slot])
         if plan.repairs:
             tiles = [part("q", slot, number) for number in range(parts)]
-            lost = [blocks.unfinite(tile, matrix) for tile in tiles]
+            lost = [tile_rows.unfinite(tile, matrix) for tile in tiles]
             # Neither warpgroup clears a row that the other has not seen.
             steps.meet()
             for tile, row in zip(tiles, lost, strict=True):
-                blocks.clear_rows(tile, row, matrix)
+                tile_rows.clear_rows(tile, row, matrix)
         return steps.start(key, part("q", slot, 0), matrix)
 
     plgpu.barrier_wait(refs["k_full"])
     if plan.repairs:
         for rows in (key, value):
-            blocks.clear_unfinite(rows, matrix)
+            tile_rows.clear_unfinite(rows, matrix)
     (scores,) = steps.wait(0, [begin(jnp.int32(0))])
 
     def one(step, carry):

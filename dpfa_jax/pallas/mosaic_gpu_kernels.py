@@ -19,6 +19,7 @@ from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 from dpfa_jax.pallas import mosaic_gpu_masks as masks
 from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
 from dpfa_jax.pallas import mosaic_gpu_products as products
+from dpfa_jax.pallas import mosaic_gpu_rows as tile_rows
 from dpfa_jax.pallas.accumulators import RUN_GROUPS
 from dpfa_jax.pallas.mosaic_gpu_plan import ROW_BATCH, Plan
 from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, ROW, ROWS, TILE, uniform
@@ -140,7 +141,7 @@ def _noise_loop(plan: Plan, refs, first):
         def half(wg, carry):
             place = batch, head, start + wg * ROWS
             buffer = _noise_buffer(plan, refs, slot, wg)
-            noise_blocks.matrix_noise(key, *place, plan.drawn_ahead, spec.noise_std, buffer)
+            noise_blocks.matrix_noise(key, *place, plan.value_width, spec.noise_std, buffer)
             plgpu.barrier_arrive(refs["noise_full"].at[slot * compute + wg])
             return carry
 
@@ -201,7 +202,7 @@ def _sums(plan: Plan, refs, wg, place, step):
         wait("v_full", slot)
         if plan.repairs:
             # Keys may stay as they are: a weight of 0 is 0 whatever the score.
-            blocks.clear_unfinite(refs["v"].at[slot], matrices[1])
+            tile_rows.clear_unfinite(refs["v"].at[slot], matrices[1])
 
     def seen(i, slot, scores, masked):
         """Scores of pairs that may meet, and the keys' offsets."""
@@ -230,10 +231,10 @@ def _sums(plan: Plan, refs, wg, place, step):
     given = query
     if plan.converts:
         given = refs["given"].at[wg]
-        blocks.write_float8(given, query, plan.given, matrices[0])
+        tile_rows.write_float8(given, query, plan.given, matrices[0])
         plgpu.commit_smem()
     if plan.repairs and not plan.marks:
-        blocks.clear_rows(query, blocks.unfinite(given, plan.given), matrices[0])
+        tile_rows.clear_rows(query, tile_rows.unfinite(given, plan.given), matrices[0])
     wait("k_full", slot)
     scores = products.scores(query, refs["k"].at[slot], matrices[0])
     on_diagonal = plan.masked or plan.sides[1] is not None
@@ -318,7 +319,7 @@ def _sums(plan: Plan, refs, wg, place, step):
     wait_values(slot)
     total = products.started(refs["v"].at[slot], rounded, total, adds(count - 1), matrices[1])
     # Read beside the last products, which take as long.
-    lost = blocks.unfinite(given, plan.given) if plan.marks else None
+    lost = tile_rows.unfinite(given, plan.given) if plan.marks else None
     total = products.finish(total, rounded, None, False)
     arrive("q_empty", wg)
     arrive("v_empty", slot)
@@ -332,17 +333,13 @@ def _sums(plan: Plan, refs, wg, place, step):
     return total, blocks.row_sums(*mass), best, lost, step + count
 
 
-def _noise(plan: Plan, refs, wg, place, index):
+def _noise(plan: Plan, refs, wg, index):
     """This warpgroup's noise of sums and of denominators, waited for; None where there is none."""
     if not plan.noisy:
         return None, None
     slot = _slot(index, plan.shape.slots)
     plgpu.barrier_wait(refs["noise_full"].at[slot * plan.shape.compute + wg])
-    block, head, batch = place
-    start = block * plan.block_q + wg * ROWS
-    buffer = _noise_buffer(plan, refs, slot, wg)
-    drawn = refs["noise_key"], batch, head, start, plan.spec.noise_std
-    noise = noise_blocks.noise_kept(buffer, plan.value_width, plan.drawn_ahead, *drawn)
+    noise = noise_blocks.noise_kept(_noise_buffer(plan, refs, slot, wg), plan.value_width)
     row = None
     if plan.row_noisy:
         row = noise_blocks.rows_kept(_row_places(plan, refs, wg, index))
@@ -356,7 +353,7 @@ def _compute_loop(plan: Plan, refs, wg):
     def tile(index, number, step):
         block, head, batch = place = plan.place(number)
         total, mass, best, lost, step = _sums(plan, refs, wg, place, step)
-        noise = _noise(plan, refs, wg, place, index)
+        noise = _noise(plan, refs, wg, index)
         if plan.noisy:
             plgpu.barrier_arrive(refs["noise_empty"].at[_slot(index, plan.shape.slots)])
         answer, clean, mass, factor = answers.answer(plan, total, mass, noise, lost)

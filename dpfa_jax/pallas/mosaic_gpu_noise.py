@@ -5,7 +5,6 @@ so nothing is exchanged. The special functions are the device's approximate ones
 2⁻¹⁴ of those of `random.normal_pair`, whose words they share bit for bit.
 """
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref, scf
 from dpfa_jax import random
 from dpfa_jax.doubleword import grid_step
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
+from dpfa_jax.pallas import ptx
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
 
 _MATRIX, _ROWS_DOMAIN = 1, 2
@@ -146,38 +146,10 @@ def _chacha(key, address):
 
 
 def _normal_pair(first, second, scale: float):
-    """`random.normal_pair` times `scale`, with the device's approximate functions.
-
-    The 40 bits of the radius are read as a signed number: its sign says which half of (0, 1) the
-    uniform number lies in, its magnitude how far it is from that half's end.
-    """
-    mul = arith.mulf
-    # The upper eight bits of the second word behind the exponent of 2²³, which is taken off again.
-    text = "prmt.b32 $0, $1, 0x4B000000, 0x7443;"
-    low = rg.asm(rg.f32(), [second], text, "=f,r")
-    low = rg.fma(low, rg.real(2.0**-40), rg.real(2.0**-41 - 2.0**-17))
-    signed = rg.fma(arith.sitofp(rg.f32(), first), rg.real(2.0**-32), low)
-    argument = rg.fma(arith.uitofp(rg.f32(), first), rg.real(2.0**-32), low)
-    logarithm = rg.approximate("lg2", argument)
-    # Closer to 1 than 2⁻⁷ the series of log₂(1 + x), up to a relative x²/3.
-    near = arith.cmpi(arith.CmpIPredicate.uge, first, rg.integer(2**32 - 2**25))
-    series = rg.fma(signed, rg.real(-0.5 / math.log(2.0)), rg.real(1.0 / math.log(2.0)))
-    square = arith.select(near, mul(signed, series), logarithm)
-    # It is not above 0: the unit for roots takes a magnitude for nothing.
-    text = "{ .reg .f32 a; abs.f32 a, $1; sqrt.approx.ftz.f32 $0, a; }"
-    root = rg.asm(rg.f32(), [square], text, "=f,f")
-    # √(2 ln 2) as a second factor: no scale can make the square overflow.
-    radius = mul(root, rg.real(scale * math.sqrt(2.0 * math.log(2.0))))
-    turn = arith.sitofp(rg.f32(), arith.shrsi(arith.shli(second, rg.integer(8)), rg.integer(8)))
-    step = 2.0 * math.pi / 2.0**24
-    angle = rg.fma(turn, rg.real(step), rg.real(step / 2))
-
-    def product(name):
-        # Rounded, whatever it is added to: the same bits wherever it is drawn.
-        factors = [radius, rg.approximate(name, angle)]
-        return rg.asm(rg.f32(), factors, "mul.rn.f32 $0, $1, $2;", "=f,f,f")
-
-    return product("cos"), product("sin")
+    """`random.normal_pair` times `scale`, with the device's approximate functions."""
+    pair = llvm.StructType.get_literal([rg.f32()] * 2)
+    found = rg.asm(pair, [first, second], ptx.normal_pair(scale), "=&f,=&f,r,r")
+    return [llvm.extractvalue(rg.f32(), found, [i]) for i in range(2)]
 
 
 def _key(ref):
@@ -186,7 +158,7 @@ def _key(ref):
     return [memref.load(ref, [i]) for i in place]
 
 
-CHUNK = 64
+_CHUNK = 64
 """Columns of which one block of words serves a thread's share of a row."""
 
 
@@ -194,9 +166,9 @@ def _vectors(width: int):
     """What each store of four numbers holds: (chunk, row half, first column pair), in order."""
     return [
         (chunk, half, pair)
-        for chunk in range(-(-width // CHUNK))
+        for chunk in range(-(-width // _CHUNK))
         for half in range(2)
-        for pair in range(0, min(CHUNK, width - chunk * CHUNK) // 8, 2)
+        for pair in range(0, min(_CHUNK, width - chunk * _CHUNK) // 8, 2)
     ]
 
 
@@ -256,14 +228,14 @@ def matrix_noise(key_ref, batch, head, start, width: int, noise_std: float, out_
                 step = arith.extui(address.type, step)
             return arith.addi(address, step)
 
-        whole, rest = divmod(width, CHUNK)
+        whole, rest = divmod(width, _CHUNK)
         one = 4 * _STRIDE  # bytes of all threads' share of one half of a chunk
         if whole:
 
             @mgpu.utils.fori(_opaque(2 * whole), [])
             def blocks(number, carry):
                 chunk, half = arith.shrui(number, rg.integer(1)), arith.andi(number, rg.integer(1))
-                block(chunk, half, CHUNK // 8, moved(address, number, one))
+                block(chunk, half, _CHUNK // 8, moved(address, number, one))
                 return carry
 
         if rest:
@@ -278,41 +250,23 @@ def matrix_noise(key_ref, batch, head, start, width: int, noise_std: float, out_
     run(key_ref, batch, head, start, out_ref)
 
 
-def noise_kept(ref, width: int, kept: int, key_ref, batch, head, start, noise_std: float):
-    """The noise of a tile (64, width), float32: what `matrix_noise` wrote, the rest drawn here.
-
-    Beside whole chunks a block of words serves a thread's few numbers: where a short call waits for
-    what the drawing warps draw, the computing ones had better draw those themselves.
-
-    Args:
-      ref: that `matrix_noise` wrote.
-      width: columns of the tile.
-      kept: columns that `matrix_noise` drew: all, or whole chunks of 64 of them.
-      key_ref: as of `matrix_noise`, like the other arguments.
-    """
+def noise_kept(ref, width: int):
+    """The noise of a tile (64, width), float32, that `matrix_noise` wrote."""
 
     @rg.inline(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), rg.SCALAR, rg.SCALAR, rg.SCALAR),
+        arg_types=(plgpu.RefType(),),
         return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE),
     )
-    def run(_, ref, key_ref, batch, head, start):
+    def run(_, ref):
         place = _own(ref)
         found: list[Any] = [None] * (ROWS * width // rg.WARPGROUP)
-
-        def put(first_pair, half, numbers):
-            for number, value in enumerate(numbers):
+        for index, (chunk, half, pair) in enumerate(_vectors(width)):
+            first_pair = chunk * _CHUNK // 8 + pair
+            for number, value in enumerate(_load_four(*place, index * _STRIDE)):
                 found[(2 * (first_pair + number // 2) + half) * 2 + number % 2] = value
-
-        for index, (chunk, half, pair) in enumerate(_vectors(kept)):
-            put(chunk * CHUNK // 8 + pair, half, _load_four(*place, index * _STRIDE))
-        if kept < width:
-            share = _shares(key_ref, batch, head, start, noise_std)
-            for half in range(2):
-                chunk, pairs = rg.integer(kept // CHUNK), (width - kept) // 8
-                put(kept // 8, half, share(chunk, rg.integer(half), pairs))
         return rg.from_numbers(found, (ROWS, width), rg.TILE)
 
-    return run(ref, key_ref, batch, head, start)
+    return run(ref)
 
 
 def row_noise(key_ref, places, rows: int, noise_std: float, out_ref):

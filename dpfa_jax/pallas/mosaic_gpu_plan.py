@@ -12,7 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax._typing import Spec
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, RUN_GROUPS, SHORTEST_GROUP
-from dpfa_jax.pallas.mosaic_gpu_noise import CHUNK
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, WARPGROUP, Matrix
 
 LOG2_E = math.log2(math.e)
@@ -50,8 +49,6 @@ class Shape:
         the other makes weights.
       drawing: warpgroups that draw noise, each that of as many computing ones: a divisor of
         `compute`.
-      tails: whether the computing warps draw the noise of columns beside whole chunks of 64, for
-        which a block of words serves few numbers, instead of the drawing ones ahead of time.
     """
 
     block_k: int = 128
@@ -65,7 +62,6 @@ class Shape:
     early: int | None = None
     turns: bool = False
     drawing: int = 1
-    tails: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +123,7 @@ class Plan:
             )
         kinds = (self.shape.compute, 1, self.shape.drawing * self.noisy)
         taken = sum(kind * each for kind, each in zip(kinds, self.shape.registers, strict=True))
-        # Threads start with equal shares, in eights: who waits for more than is left waits for ever.
+        # Threads start with equal shares; one that waits for more than is left waits for ever.
         given = sum(kinds) * (_REGISTERS // (WARPGROUP * sum(kinds)) // 8 * 8)
         if taken > given:
             raise ValueError(
@@ -139,11 +135,6 @@ class Plan:
             raise ValueError(
                 f"Expected early to be None or a multiple of 4 up to {most}, half of block_k, got "
                 f"{early}; a thread makes {most} weights of a key tile."
-            )
-        if self.shape.tails and self.value_width < CHUNK:
-            raise ValueError(
-                f"Expected tails=False for {self.value_width} columns: fewer than {CHUNK} leave "
-                "the drawing warpgroup nothing to draw."
             )
         group = self.shape.flush * self.shape.block_k
         if self.spec.noise == "sums" and not SHORTEST_GROUP <= group <= GROUP_KEYS:
@@ -177,12 +168,6 @@ class Plan:
     def noisy(self) -> bool:
         """Whether a warpgroup draws noise."""
         return self.spec.noise != "none"
-
-    @property
-    def drawn_ahead(self) -> int:
-        """Columns whose noise the drawing warpgroup draws: at least those of one chunk."""
-        rest = self.value_width % CHUNK
-        return self.value_width - rest if self.shape.tails else self.value_width
 
     @property
     def row_noisy(self) -> bool:
@@ -370,7 +355,7 @@ def scratch(plan: Plan) -> dict:
     shape = plan.shape
     rows, values = plan.matrices
     key, value = rows.transforms, values.transforms
-    numbers = ROWS * plan.drawn_ahead
+    numbers = ROWS * plan.value_width
 
     def shared(shape, dtype, transforms=()):
         return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -406,7 +391,7 @@ def buffers(plan: Plan) -> dict:
     shape = plan.shape
     found = {}
     if plan.noisy and shape.noise == "global":
-        found["noise"] = (plan.programs, shape.slots, shape.compute, ROWS * plan.drawn_ahead)
+        found["noise"] = (plan.programs, shape.slots, shape.compute, ROWS * plan.value_width)
     if plan.regroups:
         found["far"] = (plan.programs, shape.compute, ROWS * plan.value_width)
     if plan.row_noisy:

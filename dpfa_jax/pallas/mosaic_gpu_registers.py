@@ -6,7 +6,6 @@ mode.
 """
 
 import dataclasses
-import struct
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +14,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
+
+from dpfa_jax.pallas.ptx import hex_float as hex_float
 
 ROWS = 64
 """Rows of one warpgroup's tile."""
@@ -53,11 +54,6 @@ def to_float8(half: str, word: str, out: str) -> str:
         f"shl.b32 low, {word}, 16; and.b32 high, {word}, 0xFFFF0000;"
         f" mov.b32 a, low; mov.b32 b, high; cvt.rn.satfinite.e4m3x2.f32 {out}, b, a;"
     )
-
-
-def hex_float(number: float) -> str:
-    """A float32 constant as PTX writes it."""
-    return "0f" + struct.pack(">f", number).hex().upper()
 
 
 def i32():
