@@ -48,7 +48,7 @@ def test_warpgroups_that_draw_for_none_are_refused():
 
 @pytest.mark.parametrize(
     ("registers", "drawing", "noise"),
-    [((216, 24, 64), 1, NOISY), ((192, 24, 40), 2, NOISY), ((232, 56, 24), 1, {})],
+    [((216, 24, 64), 1, NOISY), ((192, 24, 40), 2, NOISY), ((232, 56, 24), 1, {"score_cap": 4.0})],
 )
 def test_more_registers_than_there_are_are_refused(registers, drawing, noise):
     # A thread that waits for registers that no other gives up waits for ever.

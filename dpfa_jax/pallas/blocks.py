@@ -119,13 +119,19 @@ def normal_pair(first, second, fast):
     """`random.normal_pair`, with the device's approximate functions when compiled."""
     if not fast:
         return random.normal_pair(first, second)
-    return plgpu.elementwise_inline_asm(
-        ptx.normal_pair(),
-        args=[first, second],
-        constraints="=&f,=&f,r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(first.shape, jnp.float32)] * 2,
-    )
+
+    def made(text, kind, *args):
+        (result,) = plgpu.elementwise_inline_asm(
+            text,
+            args=args,
+            constraints=f"=f,{kind},r",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(first.shape, jnp.float32)],
+        )
+        return result
+
+    radius = made(ptx.radius(), "r", first, second)
+    return tuple(made(ptx.projected(name), "f", radius, second) for name in ("cos", "sin"))
 
 
 def _block(key, first, second, batch, domain, head, fast):

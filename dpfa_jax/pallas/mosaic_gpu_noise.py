@@ -147,9 +147,10 @@ def _chacha(key, address):
 
 def _normal_pair(first, second, scale: float):
     """`random.normal_pair` times `scale`, with the device's approximate functions."""
-    pair = llvm.StructType.get_literal([rg.f32()] * 2)
-    found = rg.asm(pair, [first, second], ptx.normal_pair(scale), "=&f,=&f,r,r")
-    return [llvm.extractvalue(rg.f32(), found, [i]) for i in range(2)]
+    radius = rg.asm(rg.f32(), [first, second], ptx.radius(scale), "=f,r,r")
+    return [
+        rg.asm(rg.f32(), [radius, second], ptx.projected(name), "=f,f,r") for name in ("cos", "sin")
+    ]
 
 
 def _key(ref):
