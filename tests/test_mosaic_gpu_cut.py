@@ -5,13 +5,14 @@ Cuts that would round by more than is charged, or wait for ever, are refused.
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpfa_jax.pallas import accumulators, mosaic_gpu
+from dpfa_jax.pallas import accumulators, mosaic_gpu, mosaic_gpu_plan
 from tests._mosaic_gpu_common import CASES, NOISY, ROWS
 from tests._mosaic_gpu_common import make_operands as _operands
 from tests._mosaic_gpu_common import make_spec as _spec
@@ -88,12 +89,49 @@ def _tile_plan(queries, width, **changes):
     return plans[0]
 
 
+@pytest.mark.parametrize(
+    ("flagged", "changes", "contained"),
+    [
+        *[(True, {}, True), (False, {}, False), (True, {"mark_queries": False}, False)],
+        *[(True, {"ball": 1e14}, False), (True, {"noise_std": 1e15}, False)],
+        *[(True, {"floor": 1e-14}, False), (True, {"ball": None}, False)],
+        *[(True, {"denominator_std": math.inf}, False), (True, ROWS, False)],
+        (True, {"noise": "none", "noise_std": 0.0, "denominator_std": 0.0}, False),
+    ],
+)
+def test_answers_skip_what_no_sum_can_be_only_where_none_can(flagged, changes, contained):
+    spec, plans = _spec({**NOISY, "mark_queries": True, **changes}), []
+
+    def trace():
+        operands = _operands()
+        if flagged:
+            operands = operands._replace(flags=jnp.zeros((2, 1), jnp.int32))
+        plans.append(mosaic_gpu._plan(operands, spec, mosaic_gpu.cut(operands, spec))[0])
+
+    jax.eval_shape(trace)
+    assert plans[0].contained == contained
+
+
+@pytest.mark.parametrize("slots", (1, 2, 4, 5))
+def test_noise_of_rows_waits_where_no_later_batch_is_drawn(slots):
+    plan = _tile_plan(2048, 64)
+    plan = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, slots=slots))
+    batch, ring = mosaic_gpu_plan.ROW_BATCH, plan.row_ring
+    for first in range(0, 40, batch):
+        # A batch is drawn once its first tile's slot is free: all tiles before these are done.
+        unused = range(max(first - slots + 1, 0), first)
+        drawn = {tile % ring for tile in range(first, first + batch)}
+        assert len(drawn) == batch and not drawn & {tile % ring for tile in unused}
+    assert ring <= slots - 1 + 2 * batch - 1
+
+
 @pytest.mark.parametrize("changes", ({"is_causal": True}, {"window": (500, 0)}))
 @pytest.mark.parametrize(("queries", "width"), [(300, 64), (2048, 128), (4096, 128)])
 def test_schedule_has_every_tile_once_and_gives_all_blocks_as_much_to_do(queries, width, changes):
     plan = _tile_plan(queries, width, **changes)
     assert plan.scheduled
     table = plan.schedule()
+    assert table.shape[1] % mosaic_gpu_plan.ROW_BATCH == 1 and (table >= 0).all()
     mine = [row[1 : 1 + row[0]] for row in table]
     np.testing.assert_array_equal(np.sort(np.concatenate(mine)), np.arange(plan.tiles))
     # Tile by tile as the kernel places them, not by the table's own costs.
@@ -138,3 +176,21 @@ def test_answers_are_the_same_bits_however_the_kernel_is_cut(name):
     for change in changes:
         for ours, theirs in zip(jax.tree.leaves(run(change)), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (ours, theirs)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", (1, 3))
+@pytest.mark.parametrize(
+    "name", ("several groups, causal", "several groups, narrow", "width 80", "rows", "wide")
+)
+def test_answers_are_the_same_bits_however_many_tiles_a_block_takes(name, programs, monkeypatch):
+    shapes, changes = CASES[name]
+    operands, spec = _operands(**shapes), _spec({**changes, "on_grid": True})
+
+    def run():
+        return jax.tree.leaves(jax.jit(lambda o: mosaic_gpu.forward(o, spec))(operands))
+
+    wanted = run()
+    monkeypatch.setattr(mosaic_gpu, "_PROGRAMS", programs)
+    for ours, theirs in zip(run(), wanted, strict=True):
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (ours, theirs)))

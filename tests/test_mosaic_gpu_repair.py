@@ -6,6 +6,8 @@ marked `gpu`). Here it is seen that they lower and what XLA makes beside them;
 `experiments/compile_kernels.py` measures the memory of compiled calls.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,16 +125,18 @@ def _on_tiles(rows, matrix, body):
     )(rows)
 
 
-def _every_number(dtype, width):
-    """All numbers of 16 bits in an order of no pattern, as tiles."""
-    bits = np.random.default_rng(0).permutation(1 << 16).astype(np.uint16)
-    tiles = -(-bits.size // (ROWS * width))
+def _every_number(dtype, width, tiles=1):
+    """All numbers of a dtype in an order of no pattern, as so many tiles at least."""
+    kind = jnp.uint8 if jnp.dtype(dtype).itemsize == 1 else jnp.uint16
+    bits = np.random.default_rng(0).permutation(1 << jnp.iinfo(kind).bits).astype(kind)
+    tiles = max(tiles, -(-bits.size // (ROWS * width)))
     bits = jnp.asarray(np.resize(bits, (tiles, ROWS, width)))
     return jax.lax.bitcast_convert_type(bits, jnp.dtype(dtype))
 
 
 def _bits(rows):
-    return np.asarray(jax.lax.bitcast_convert_type(rows, jnp.uint16))
+    kind = jnp.uint8 if rows.dtype.itemsize == 1 else jnp.uint16
+    return np.asarray(jax.lax.bitcast_convert_type(rows, kind))
 
 
 @pytest.mark.gpu
@@ -150,21 +154,31 @@ def test_clear_unfinite_changes_what_is_not_finite_alone(width, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
-@pytest.mark.parametrize("width", (16, 32, 80, 128))
-def test_clear_rows_clears_the_rows_that_unfinite_finds(width, dtype):
-    rows, matrix = _every_number(dtype, width), Matrix(width, jnp.dtype(dtype))
-    # One bad number at most in a row, and that in every second one.
-    kept = jnp.where(jnp.isfinite(rows), rows, 0).astype(rows.dtype)
-    row, column = jnp.arange(ROWS)[:, None], jnp.arange(width)
-    kept = jnp.where((row % 2 == 1) & (column == 7 * row % width), jnp.inf, kept).astype(rows.dtype)
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        *itertools.product(("bfloat16", "float16"), (16, 32, 64, 80, 128)),
+        *itertools.product(("float8_e4m3fn",), (32, 64, 128)),
+    ],
+)
+def test_clear_rows_clears_the_rows_that_unfinite_finds(dtype, width):
+    matrix, tiles = Matrix(width, jnp.dtype(dtype)), 2 * width
+    rows = _every_number(dtype, width, tiles)[:tiles]
+    rows = jnp.where(jnp.isfinite(rows), rows, jnp.zeros_like(rows))
+    # One bad number in every second row: in some tile each place of a tile has it.
+    tile, row = jnp.arange(tiles)[:, None, None], jnp.arange(ROWS)[:, None]
+    lost = (row + tile + tile // width) % 2 == 1
+    here = lost & (jnp.arange(width) == (tile + 7 * row) % width)
+    bad = jnp.asarray(jnp.nan if rows.dtype.itemsize == 1 else jnp.inf, rows.dtype)
+    given = jnp.where(here, bad, rows)
+    assert np.asarray(here).any(0).all()
 
     def clear(tile):
         lost = mosaic_gpu_rows.unfinite(tile, matrix)
         mosaic_gpu_rows.clear_rows(tile, lost, matrix)
 
-    found = jax.jit(lambda rows: _on_tiles(rows, matrix, clear))(kept)
-    np.testing.assert_array_equal(_bits(found), np.where(row % 2 == 1, 0, _bits(kept)))
+    found = jax.jit(lambda rows: _on_tiles(rows, matrix, clear))(given)
+    np.testing.assert_array_equal(_bits(found), np.where(np.asarray(lost), 0, _bits(rows)))
 
 
 FORWARD = ("plain", "causal", "several groups", "several groups, float16", "rows", "width 80")

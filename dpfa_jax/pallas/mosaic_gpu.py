@@ -151,8 +151,8 @@ def cut(operands: Operands, spec: Spec) -> Shape:
             return but(block_k=64, flush=8, stages=3, early=32 if masked else None)
         return but(block_k=96, flush=5, early=40)
     if width <= 64:
-        # In turns more than two tiles of keys were not measured.
-        stages = 2 if shape.turns else 3
+        # In turns more than two tiles of keys were not measured; of short calls two are faster.
+        stages = 2 if shape.turns or keys <= GROUP_KEYS else 3
         return but(stages=stages, noise="shared", slots=2 if keys <= GROUP_KEYS else 1)
     if spec.noise == "sums" and width <= 80:
         # Their noise takes longer than their sums: of the last columns a block of words serves few.
