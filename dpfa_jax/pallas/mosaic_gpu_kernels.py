@@ -1,4 +1,4 @@
-"""The Hopper kernel's body: two warpgroups compute, one copies, one draws noise and runs ahead.
+"""The Hopper kernel's body: two warpgroups compute, one copies, others draw noise and run ahead.
 
 A block of the grid lives as long as the call and takes one tile of 128 queries of one head after
 another. While the matrix unit multiplies weights and values of one key tile, the special-function
