@@ -41,10 +41,21 @@ def test_weights_that_no_thread_has_are_not_made_early(early):
         mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
 
 
-def test_warpgroups_that_draw_for_none_are_refused():
-    shape = mosaic_gpu.Shape(drawing=3, registers=(152, 24, 40))
+@pytest.mark.parametrize("drawing", (-1, 0, 3))
+def test_warpgroups_that_draw_for_none_are_refused(drawing):
+    # With none nothing would be drawn, and the others wait for it for ever.
+    shape = mosaic_gpu.Shape(drawing=drawing, registers=(152, 24, 40))
     with pytest.raises(ValueError, match="drawing to divide the 2 computing"):
         mosaic_gpu.forward(_operands(), _spec(NOISY), shape=shape)
+
+
+@pytest.mark.parametrize("name", ("noise_std", "denominator_std"))
+@pytest.mark.parametrize("std", (1e-39, 3e38))
+def test_noise_that_float32_does_not_hold_is_refused(name, std):
+    operands, spec = _operands(), _spec({**NOISY, name: std})
+    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec)[0])
+    with pytest.raises(ValueError, match="standard deviation that float32 holds"):
+        run.trace(operands).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,13 @@ def test_radii_keep_their_digits_at_both_ends_of_the_unit_interval(first):
     assert len(np.unique(radius)) == 256
 
 
+@pytest.mark.parametrize("scale", (0.0, -1.0, 9e-39, 2.9e38, float("inf"), float("nan")))
+def test_noise_that_would_vanish_or_be_infinite_is_refused(scale):
+    with pytest.raises(ValueError, match="pass values, and their bound, in a unit"):
+        ptx.radius(scale)
+    ptx.radius(1e-38), ptx.radius(2.8e38)
+
+
 def test_constants_are_written_bit_for_bit():
     for number in (1.0, -0.5, 2.0**-41 - 2.0**-17, 1e-38):
         text = ptx.hex_float(number)

@@ -266,7 +266,7 @@ def on_grid(x, step, fast):
     """
     if not fast or not 2.0**-100 < step < 2.0**100:
         return to_grid(x, step)
-    shift = ptx.hex_float(2.0**23 * step).replace("0f", "0x")
+    shift = "0x" + ptx.hex_float(2.0**23 * step).removeprefix("0f")
     (result,) = plgpu.elementwise_inline_asm(
         "{ .reg .b32 shift;"
         f" and.b32 shift, $1, 0x80000000; or.b32 shift, shift, {shift};"

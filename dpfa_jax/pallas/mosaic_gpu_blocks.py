@@ -1,4 +1,4 @@
-"""What the Hopper kernel's sums are made of: weights, their sums by row and column, rows."""
+"""What the Hopper kernel's sums are made of: weights, and their sums by row and column."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref, scf
 
 from dpfa_jax.pallas import mosaic_gpu_products as products
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
+from dpfa_jax.pallas import ptx
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
 
 _LEVEL = "min.ftz.f32 a, $1, {cap}; fma.rn.ftz.f32 a, a, {factor}, $2;"
@@ -99,7 +100,7 @@ def capped_weights(scores, offset, mass, *, cap: float, factor: float):
 
 def _capped(scores, offsets, *, cap: float, factor: float, last: str = "ex2.approx.ftz"):
     """Weights of a thread's scores, or their exponents where the last step is "mov"."""
-    level = _LEVEL.format(cap=rg.hex_float(cap), factor=rg.hex_float(factor))
+    level = _LEVEL.format(cap=ptx.hex_float(cap), factor=ptx.hex_float(factor))
     text = f"{{ .reg .f32 a; {level} {last}.f32 $0, a; }}"
     return [
         rg.asm(rg.f32(), [x, offsets[2 * (i // 4) + i % 2]], text, "=f,f,f")
@@ -168,8 +169,8 @@ def online_weights(scores, offset, mass, best, *, factor: float, shift: int):
     shape = scores.shape
     row = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, rg.ROW)
     level = (
-        "{ .reg .f32 a; fma.rn.ftz.f32 a, $1, " + rg.hex_float(factor) + ", $2;"
-        f" max.ftz.f32 a, a, {rg.hex_float(-3e38)}; min.ftz.f32 $0, a, {rg.hex_float(3e38)}; }}"
+        "{ .reg .f32 a; fma.rn.ftz.f32 a, $1, " + ptx.hex_float(factor) + ", $2;"
+        f" max.ftz.f32 a, a, {ptx.hex_float(-3e38)}; min.ftz.f32 $0, a, {ptx.hex_float(3e38)}; }}"
     )
 
     @rg.inline(

@@ -13,6 +13,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 from dpfa_jax.pallas import mosaic_gpu_products as products
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
+from dpfa_jax.pallas import ptx
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
 
 _BOTH = 8  # named barrier of both computing warpgroups; the next two are their own
@@ -105,8 +106,8 @@ def wait(in_flight: int, tiles, spent=()):
 def largest_weights(offset, *, cap: float, factor: float):
     """2^(cap·factor + offset): weights of (64,) keys whose scores are at the cap or above."""
     text = (
-        f"{{ .reg .f32 a; mov.b32 a, {rg.hex_float(cap)};"
-        f" fma.rn.ftz.f32 a, a, {rg.hex_float(factor)}, $1; ex2.approx.ftz.f32 $0, a; }}"
+        f"{{ .reg .f32 a; mov.b32 a, {ptx.hex_float(cap)};"
+        f" fma.rn.ftz.f32 a, a, {ptx.hex_float(factor)}, $1; ex2.approx.ftz.f32 $0, a; }}"
     )
 
     @rg.inline(arg_types=(rg.ROW,), return_type=_ROW)
@@ -135,11 +136,11 @@ def weights(scores, offset, first, best, inverse, *, cap, factor: float, dtype):
     """
     shape = scores.shape
     half = rg.half_name(dtype)
-    bound = "" if cap is None else f" min.ftz.f32 a, a, {rg.hex_float(cap)};"
+    bound = "" if cap is None else f" min.ftz.f32 a, a, {ptx.hex_float(cap)};"
     text = (
         "{ .reg .f32 a; mov.b32 a, $1;"
         + bound
-        + f" fma.rn.ftz.f32 a, a, {rg.hex_float(factor)}, $2;"
+        + f" fma.rn.ftz.f32 a, a, {ptx.hex_float(factor)}, $2;"
         + (" sub.ftz.f32 a, a, $3;" if best is not None else "")
         + " ex2.approx.ftz.f32 $0, a; }"
     )

@@ -116,7 +116,7 @@ class Plan:
                 f"Expected two computing warpgroups to take turns, got compute="
                 f"{self.shape.compute}, which would wait for ever; pass turns=False."
             )
-        if self.shape.compute % self.shape.drawing:
+        if self.shape.drawing < 1 or self.shape.compute % self.shape.drawing:
             raise ValueError(
                 f"Expected drawing to divide the {self.shape.compute} computing warpgroups, got "
                 f"{self.shape.drawing}; pass 1."
@@ -128,7 +128,8 @@ class Plan:
         if taken > given:
             raise ValueError(
                 f"Expected the registers of a thread of each of {sum(kinds)} warpgroups to add up "
-                f"to at most {given}, got registers={self.shape.registers}, {taken} in all."
+                f"to at most {given}, got registers={self.shape.registers}, {taken} in all; pass "
+                "fewer."
             )
         early, most = self.shape.early, self.shape.block_k // 2
         if early is not None and (not 0 <= early <= most or early % 4):

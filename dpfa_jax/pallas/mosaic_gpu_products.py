@@ -8,6 +8,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
+from dpfa_jax.pallas import ptx
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
 
 
@@ -107,7 +108,7 @@ def wait_group(numbers, in_flight: int, spent=(), first=()):
     if first:
         pins = f".reg .f32 t; .reg .b32 a; mov.f32 t, ${place};"
         pins += "".join(f" add.f32 t, t, ${place + i};" for i in range(1, len(first)))
-        pins += f" setp.lt.f32 p, t, {rg.hex_float(-1.0)}; mov.b32 a, 0; @p st.shared.f32 [a], t;"
+        pins += f" setp.lt.f32 p, t, {ptx.hex_float(-1.0)}; mov.b32 a, 0; @p st.shared.f32 [a], t;"
     text = f"{{ .reg .pred p;{pins} wgmma.wait_group.sync.aligned {in_flight}; }}"
     given = [*numbers, *spent, *first]
     out = rg.asm(struct, given, text, ",".join(kinds), effects=True)

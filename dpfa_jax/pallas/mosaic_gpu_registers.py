@@ -15,8 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
-from dpfa_jax.pallas.ptx import hex_float as hex_float
-
 ROWS = 64
 """Rows of one warpgroup's tile."""
 

@@ -88,19 +88,25 @@ def write_float8(source, target, given, matrix):
     run(source, target)
 
 
+def _first_row(ref, matrix):
+    """Address of this thread's first row of a tile (64, width), and bytes to its second."""
+    row, _ = rg.lane_place()
+    below = matrix.width * matrix.bytes * 8
+    block = _times(arith.shrui(row, rg.integer(3)), below)
+    inside = _times(arith.andi(row, rg.integer(7)), matrix.swizzle)
+    return arith.addi(_base(ref), arith.addi(block, inside)), below
+
+
 def _row_words(ref, matrix):
     """Address, and offsets of this thread's words of both of its rows of a tile (64, width).
 
     Chunks of a row are swizzled within it: which word is which is not said.
     """
-    first, lane = rg.lane_place()
-    tiles = matrix.width * matrix.bytes // matrix.swizzle
-    block = _times(arith.shrui(first, rg.integer(3)), tiles * 8 * matrix.swizzle)
-    inside = _times(arith.andi(first, rg.integer(7)), matrix.swizzle)
-    start = arith.addi(arith.addi(_base(ref), block), arith.addi(inside, _times(lane, 4)))
+    _, lane = rg.lane_place()
+    start, below = _first_row(ref, matrix)
     places = [divmod(16 * i, matrix.swizzle) for i in range(matrix.width * matrix.bytes // 16)]
     offsets = [8 * matrix.swizzle * tile + byte for tile, byte in places]
-    return start, (offsets, [8 * matrix.swizzle * tiles + offset for offset in offsets])
+    return arith.addi(start, _times(lane, 4)), (offsets, [below + offset for offset in offsets])
 
 
 # By bytes of a number: a word w of shared memory times 0 plus what was there, t.
@@ -138,23 +144,19 @@ def unfinite(ref, matrix):
         return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, rg.ROW),
     )
     def run(_, ref):
-        first, lane = rg.lane_place()
-        tiles = matrix.width * matrix.bytes // matrix.swizzle
-        block = _times(arith.shrui(first, rg.integer(3)), tiles * 8 * matrix.swizzle)
-        inside = _times(arith.andi(first, rg.integer(7)), matrix.swizzle)
-        start = arith.addi(_base(ref), arith.addi(block, inside))
+        row, lane = rg.lane_place()
+        start, below = _first_row(ref, matrix)
         starts = [arith.addi(start, _times(lane, 4 * count))]
         if matrix.swizzle == 128:
             # Neighbouring rows start with different halves: 32 threads read 32 banks.
-            odd = _times(arith.andi(first, rg.integer(1)), 64)
+            odd = _times(arith.andi(row, rg.integer(1)), 64)
             starts = [arith.addi(starts[0], odd)]
             starts.append(arith.xori(starts[0], rg.integer(64)))
         found = []
-        for below in range(2):
+        for first in (0, below):
             total = rg.integer(0)
-            for tile in range(tiles):
+            for offset in range(first, first + below, 8 * matrix.swizzle):
                 for place in starts:
-                    offset = 8 * matrix.swizzle * (tile + below * tiles)
                     given = [place, rg.integer(0), total]
                     kinds = "=r,r,r,r,~{memory}"
                     total = rg.asm(rg.i32(), given, text(offset), kinds, effects=True)

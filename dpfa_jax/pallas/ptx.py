@@ -20,7 +20,18 @@ def radius(scale: float = 1.0) -> str:
 
     Returns:
       PTX that makes float32 $0 of the 32-bit words $1 and $2.
+
+    Raises:
+      ValueError: for a scale that float32 does not hold: noise would vanish or be infinite.
+
+    Source: Box and Muller 1958.
     """
+    factor = scale * math.sqrt(2.0 * math.log(2.0))
+    if not 2.0**-126 <= factor < 2.0**128 - 2.0**103:
+        raise ValueError(
+            f"Expected noise of a standard deviation that float32 holds, from 1e-38 to 2.8e38, got "
+            f"{scale:g}; pass values, and their bound, in a unit that brings it closer to 1."
+        )
     # The upper eight bits of the second word behind the exponent of 2²³, which is taken off again.
     low = (
         "prmt.b32 w, $2, 0x4B000000, 0x7443; mov.b32 low, w;"
@@ -40,7 +51,7 @@ def radius(scale: float = 1.0) -> str:
     # It is not above 0: the unit for roots takes a magnitude for nothing.
     root = (
         " abs.f32 square, square; sqrt.approx.ftz.f32 square, square;"
-        f" mul.rn.f32 $0, square, {hex_float(scale * math.sqrt(2.0 * math.log(2.0)))};"
+        f" mul.rn.f32 $0, square, {hex_float(factor)};"
     )
     return (
         "{ .reg .f32 low, signed, square, series; .reg .b32 w; .reg .pred near; "
@@ -57,6 +68,8 @@ def projected(name: str) -> str:
     Returns:
       PTX that makes float32 $0 of the radius $1 and the second word $2: a rounded product, whatever
       it is added to, so the same bits wherever it is drawn.
+
+    Source: Box and Muller 1958.
     """
     step = 2.0 * math.pi / 2.0**24
     return (
