@@ -82,6 +82,8 @@ class Spec:
         backends that say `FLOAT8_SCORES`, the others get such rows.
       mark_queries: whether a query that is not finite is answered by NaN; only for backends that
         say `READS_ANY_ROWS`.
+      judge_keys: whether the backend itself finds the keys that are not finite: `log_weights` and
+        `flags` know the values alone. For backends that have `value_log_weights`.
       deterministic: whether gradients must be the same bits on every run.
     """
 
@@ -100,4 +102,5 @@ class Spec:
     precision: Any = jax.lax.Precision.HIGHEST
     float8_scores: bool = False
     mark_queries: bool = False
+    judge_keys: bool = False
     deterministic: bool = False

@@ -80,7 +80,9 @@ def sanitised(operands: Operands, mechanism: Any) -> Operands:
     )
 
 
-def weighted(module: ModuleType, operands: Operands, mechanism: Any, spec: Spec) -> Operands:
+def weighted(
+    module: ModuleType, operands: Operands, mechanism: Any, spec: Spec
+) -> tuple[Operands, Spec]:
     """The same for a backend that leaves out what is not finite by itself: no copy is made.
 
     Args:
@@ -88,15 +90,21 @@ def weighted(module: ModuleType, operands: Operands, mechanism: Any, spec: Spec)
       operands: the call's arrays, `log_weights` the caller's alone.
       mechanism: of the call.
       spec: of the call, of which the noise need not be set yet.
+
+    Returns:
+      The operands, and `spec` that says who judges the keys.
     """
     bound, records = _record_bound(mechanism), (operands.key, operands.value)
+    found = None
     if spec.float8_scores and hasattr(module, "narrow_records"):
-        weights, flags, narrow = module.narrow_records(*records, bound)
+        *found, narrow = module.narrow_records(*records, bound)
         operands = operands._replace(narrow_key=narrow)
-    else:
-        weights, flags = module.record_log_weights(*records, bound)
+    elif hasattr(module, "value_log_weights"):
+        found = module.value_log_weights(operands.value, bound)
+        spec = dataclasses.replace(spec, judge_keys=found is not None)
+    weights, flags = module.record_log_weights(*records, bound) if found is None else found
     operands = operands._replace(log_weights=operands.log_weights + weights, flags=flags)
-    return _scaled(operands, mechanism)
+    return _scaled(operands, mechanism), spec
 
 
 def as_scored(module: ModuleType, operands: Operands, spec: Spec) -> Operands:

@@ -304,7 +304,7 @@ def private_attention(
     name = choose_backend(backend, *_asked(operands, spec, mechanism))
     if admission.reads_any_rows(module_of(name), mechanism):
         spec = dataclasses.replace(spec, mark_queries=marked)
-        operands = admission.weighted(module_of(name), operands, mechanism, spec)
+        operands, spec = admission.weighted(module_of(name), operands, mechanism, spec)
         out = _release(operands, spec, mechanism, call, name)
     else:
         query_ok = clipping.finite_rows(query)

@@ -331,7 +331,7 @@ def context_parallel_attention(
     name = attention.choose_backend(backend, operands, spec, needs="sums")
     module = attention.module_of(name)
     if admission.reads_any_rows(module, mechanism):
-        operands = admission.weighted(module, operands, mechanism, spec)
+        operands, spec = admission.weighted(module, operands, mechanism, spec)
     else:
         operands = admission.sanitised(operands, mechanism)
     operands = admission.as_scored(module, operands, spec)

@@ -10,7 +10,7 @@ address that ptxas keeps in each thread's registers or in local memory holds up 
 """
 
 import contextlib
-import functools
+import dataclasses
 import os
 import pathlib
 import re
@@ -251,10 +251,15 @@ def _calls(case):
     query = jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((batch, length, kv_heads, width), jnp.bfloat16)
     data = jax.ShapeDtypeStruct((8,), jnp.uint32)
-    records = mosaic_gpu.record_log_weights
-    if spec.float8_scores:
-        records = mosaic_gpu.narrow_records
-    weigh: Any = functools.partial(records, bound=30.0)
+    # As `private_attention` does: keys are judged where they are rounded, or in the forward kernel.
+    spec = dataclasses.replace(spec, judge_keys=not spec.float8_scores)
+
+    def weigh(key, value):
+        if spec.float8_scores:
+            return mosaic_gpu.narrow_records(key, value, 30.0)
+        found = mosaic_gpu.value_log_weights(value, 30.0)
+        assert found is not None
+        return found
 
     def call(query, key, value, data):
         weights, flags, *narrow = weigh(key, value)

@@ -136,6 +136,29 @@ def test_noise_of_rows_waits_where_no_later_batch_is_drawn(slots):
     assert ring <= slots - 1 + 2 * batch - 1
 
 
+_SIDES = ({}, {"is_causal": True}, {"window": (150, 0)}, {"window": (0, 300)}, {"window": (9, 9)})
+_SIDES += ({"window": (200, 100), "is_causal": True},)
+
+
+@pytest.mark.parametrize("changes", _SIDES)
+@pytest.mark.parametrize("memories", (1, 2))
+@pytest.mark.parametrize(("queries", "keys"), [(700, 700), (300, 1300), (1300, 300), (5, 900)])
+def test_every_key_tile_that_a_query_sees_is_judged_once(queries, keys, memories, changes):
+    plan = dataclasses.replace(
+        _tile_plan(queries, 64, **changes), keys=keys, memories=memories, heads=4, group=2
+    )
+    seen, judged = set(), []
+    for tile in range(plan.tiles):
+        block, head, batch = (int(x) for x in plan.place(tile, np))
+        low, count = (int(x) for x in plan.key_range(jnp.int32(block)))
+        for number in range(low, low + count):
+            place = (batch if memories > 1 else 0, head // 2, number)
+            seen.add(place)
+            if plan.judged(jnp.int32(number), jnp.int32(block), jnp.int32(head), jnp.int32(batch)):
+                judged.append(place)
+    assert len(seen) >= 2 * memories and sorted(seen) == sorted(judged)
+
+
 @pytest.mark.parametrize("changes", ({"is_causal": True}, {"window": (500, 0)}))
 @pytest.mark.parametrize(("queries", "width"), [(300, 64), (2048, 128), (4096, 128)])
 def test_schedule_has_every_tile_once_and_gives_all_blocks_as_much_to_do(queries, width, changes):

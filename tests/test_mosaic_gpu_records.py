@@ -63,7 +63,7 @@ def _float64_weights(key, value, bound):
 @pytest.mark.parametrize("name", CASES)
 def test_record_weights_are_the_definition_in_float64(name, spoilt):
     key, value, bound = _rows(name, spoilt=spoilt)
-    assert mosaic_gpu_records._takes(key, value, bound)
+    assert mosaic_gpu_records._takes((key, value), bound)
     found, flags = mosaic_gpu_records.record_log_weights(key, value, bound)
     wanted, null = _float64_weights(key, value, bound)
     assert np.array_equal(np.isneginf(found), np.broadcast_to(null[..., None], found.shape))
@@ -144,7 +144,7 @@ def test_record_weights_under_vmap_are_a_loop():
 def test_what_the_kernel_does_not_take_is_triton(changes):
     given = {"length": 40, "width": 16, "dtype": "bfloat16", "bound": 1.0} | changes
     rows = jnp.ones((2, given["length"], 3, given["width"]), given["dtype"])
-    assert not mosaic_gpu_records._takes(rows, rows, given["bound"])
+    assert not mosaic_gpu_records._takes((rows, rows), given["bound"])
     if not changes.get("length", 1):
         return
     found = mosaic_gpu_records.record_log_weights(rows, rows, given["bound"])

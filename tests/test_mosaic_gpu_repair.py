@@ -15,6 +15,7 @@ import pytest
 from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import dpfa_jax
 from dpfa_jax.clipping._batch import inner_jaxprs
 from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_gradients, mosaic_gpu_rows, triton
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, Matrix
@@ -205,6 +206,161 @@ def test_forward_has_the_bits_of_a_call_with_zeros(name, mark_queries):
     if best is not None:
         _same(best, residuals[3])
     assert mark_queries == bool(jnp.any(jnp.isnan(out)))
+
+
+JUDGED = ("plain", "causal", "several groups", "float16", "rows", "width 80", "wide")
+JUDGED += ("segments and window", "lengths", "no denominator")
+
+
+MECHANISMS = {
+    "add or remove": dpfa_jax.IndependentNoise(0.1, value_bound=5.0, score_cap=2.0),
+    "replace": dpfa_jax.IndependentNoise(
+        0.1, value_bound=5.0, score_cap=2.0, adjacency=dpfa_jax.REPLACE_ONE
+    ),
+    "sequence": dpfa_jax.SequenceRelease(0.1, clip_norm=1.0, clip="row"),
+    "without privacy": dpfa_jax.NonPrivate(),
+}
+
+
+def _judged(name, **more):
+    """A call that knows of no record that is not finite, a key that is not, and the same zeroed."""
+    shapes, changes = forwards.CASES[name]
+    spec = forwards.make_spec({**changes, "mark_queries": True, "judge_keys": True, **more})
+    operands = forwards.make_operands(**shapes)
+    operands = operands._replace(flags=jnp.zeros((2, 1), jnp.int32))
+
+    def spoilt(batch, place, head, column, bad):
+        return operands._replace(key=operands.key.at[batch, place, head, column].set(bad))
+
+    def wanted(batch, place):
+        weights = operands.log_weights.at[batch, place].set(-jnp.inf)
+        return operands._replace(key=operands.key.at[batch, place].set(0), log_weights=weights)
+
+    return spec, operands, spoilt, wanted
+
+
+def test_kernels_that_judge_keys_lower_for_cuda_without_a_gpu():
+    spec, operands, *_ = _judged("causal")
+    text = backwards._lowered(lambda operands: mosaic_gpu.forward(operands, spec), operands)
+    assert "dpfa_mosaic_forward_kernel" in text and "dpfa_mosaic_forward_kernel_repair" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", JUDGED)
+def test_a_key_that_is_not_finite_is_found_wherever_it_is(name):
+    spec, operands, spoilt, wanted = _judged(name)
+    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec))
+    clean, residuals = run(operands)
+    assert not np.any(residuals[5])
+    _same(residuals[4], operands.log_weights)
+    keys, heads, width = operands.key.shape[1:]
+    draw = np.random.default_rng(3)
+    changed = 0
+    # Every place of a tile and every chunk of a row, one at a time: no other helps to find it.
+    for i, place in enumerate(np.resize(draw.permutation(keys), 260)):
+        batch, head, column = draw.integers(2), draw.integers(heads), (7 * i) % width
+        given = spoilt(batch, place, head, column, BAD[i % 3])
+        out, (*others, weights, flags) = run(given)
+        null = wanted(batch, place)
+        expected, known = run(null)
+        _same(out, expected)
+        for mine, other in zip(others, known, strict=False):
+            if other is not None:
+                _same(mine, other)
+        _same(weights, null.log_weights)
+        assert np.all(np.asarray(flags) == 1)
+        changed += not np.array_equal(np.asarray(out, np.float32), np.asarray(clean, np.float32))
+    assert changed > 80
+
+
+@pytest.mark.gpu
+def test_a_flag_of_the_values_is_reported_wherever_it_is():
+    spec, operands, *_ = _judged("float16")
+    run = jax.jit(lambda flags: mosaic_gpu.forward(operands._replace(flags=flags), spec)[1][5])
+    for count in (1, 129, 5000):
+        flags = jnp.zeros((2, count), jnp.int32)
+        assert not np.any(run(flags))
+        for place in np.random.default_rng(0).integers(2 * count, size=50):
+            assert np.all(np.asarray(run(flags.at[place // count, place % count].set(1))) == 1)
+
+
+@pytest.mark.gpu
+def test_a_key_that_no_query_sees_changes_nothing():
+    spec, operands, *_ = _judged("causal")
+    keys = jnp.concatenate([operands.key] * 3, axis=1)
+    longer = operands._replace(
+        key=keys,
+        value=jnp.concatenate([operands.value] * 3, axis=1),
+        log_weights=jnp.concatenate([operands.log_weights] * 3, axis=1),
+    )
+    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec)[0])
+    _same(run(longer._replace(key=keys.at[0, -1, 0, 0].set(jnp.nan))), run(longer))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", ("causal", "float16", "width 80", "plain"))
+@pytest.mark.parametrize("deterministic", (False, True))
+def test_gradients_of_a_call_whose_keys_are_judged(name, bad, deterministic):
+    spec, operands, spoilt, wanted = _judged(name, deterministic=deterministic)
+    cotangent = backwards._cotangent(operands)
+
+    @jax.jit
+    def run(given):
+        _, residuals = mosaic_gpu.forward(given, spec)
+        return mosaic_gpu.backward(given, spec, residuals, cotangent)[:4]
+
+    found, other = run(spoilt(1, 77, 0, 3, bad)), run(wanted(1, 77))
+    for mine, expected in zip(found, other, strict=True):
+        assert np.all(np.isfinite(np.asarray(mine, np.float32)))
+        assert backwards._relative(mine, expected) < 1e-3
+    assert not np.any(np.asarray(found[1], np.float32)[1, 77])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", (None, "fp8"))
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_record_with_a_key_that_is_not_finite_is_one_that_is_not_there(name, precision):
+    query, key, value, *_ = forwards.make_operands(width=128)
+    words = jnp.asarray(forwards.KEY)
+
+    @jax.jit
+    def answer(words, key, value, weights):
+        rng = dpfa_jax.random.wrap_key_data(words)
+        return dpfa_jax.private_attention(
+            query,
+            key,
+            value,
+            mechanism=MECHANISMS[name],
+            rng=None if name == "without privacy" else rng,
+            queries="public",
+            key_log_weights=weights,
+            precision=precision,
+            backend="mosaic_gpu",
+        )
+
+    def run(*rows):
+        return np.asarray(answer(words, *rows), np.float32)
+
+    there, places = jnp.zeros((2, 300)), ((0, 7), (0, 290), (1, 128))
+    every = run(key, value, there)
+    for i, place in enumerate(places):
+        found = run(key.at[*place, i % 2, 11 * i].set(BAD[i]), value, there)
+        wanted = run(key.at[place].set(0), value.at[place].set(0), there.at[place].set(-jnp.inf))
+        _same(found, wanted)
+        assert not np.array_equal(found, every)
+
+
+@pytest.mark.gpu
+def test_under_vmap_the_other_examples_do_not_notice():
+    spec, operands, spoilt, wanted = _judged("causal")
+    run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec)[0])
+    other = operands._replace(noise_key=operands.noise_key + 1)
+    three = [operands, spoilt(0, 9, 1, 5, np.nan), other]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *three)
+    found = jax.jit(jax.vmap(run))(stacked)
+    for mine, alone in zip(found, (operands, wanted(0, 9), other), strict=True):
+        _same(mine, run(alone))
 
 
 BACKWARD = ("noisy", "wide causal", "running maximum", "float16", "float16 wide", "width 80")

@@ -21,10 +21,12 @@ from dpfa_jax.pallas.mosaic_gpu_gradients import backward as backward
 from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratch
 from dpfa_jax.pallas.mosaic_gpu_records import narrow_records as narrow_records
 from dpfa_jax.pallas.mosaic_gpu_records import record_log_weights as record_log_weights
+from dpfa_jax.pallas.mosaic_gpu_records import value_log_weights as value_log_weights
 
 READS_ANY_ROWS = True
-"""Rows that are not finite are left out, given `record_log_weights`: a batch with such rows takes
-the branch of a `lax.cond` whose kernel clears them in shared memory."""
+"""Rows that are not finite are left out, given `record_log_weights` or, where `Spec.judge_keys`,
+`value_log_weights`: a call with such rows is answered again, by a kernel that clears them in shared
+memory."""
 
 FLOAT8_SCORES = True
 """Rows of query and key are rounded to float8_e4m3fn here, where the call asks for it."""
@@ -167,7 +169,9 @@ def _plan(
     shift = 15 if operands.key.dtype == jnp.float16 else 0
     operands, offsets = _offsets(operands, spec, shift, shape.block_k)
     query, key, value = operands[:3]
-    dtype = jnp.dtype(value.dtype)
+    dtype = jnp.dtype(key.dtype)
+    # Rows that were scaled to a bound come in float32.
+    value = triton.towards_zero(value, dtype)
     converts = converts and spec.float8_scores
     if spec.float8_scores:
         query = query if converts else float8.rounded(query)
@@ -194,6 +198,7 @@ def _plan(
         key_dtype=jnp.dtype(key.dtype),
         converts=converts,
         marks=spec.mark_queries and operands.flags is not None,
+        judges=spec.judge_keys and operands.flags is not None,
     )
     plan = dataclasses.replace(plan, programs=min(plan.programs, plan.tiles))
     inputs = {"query": query, "key": key, "value": value, "offsets": offsets}
@@ -246,37 +251,54 @@ def forward(
 
     Returns:
       The answer, the noise added in float32 before the cast; and the clean answer, denominators,
-      factors of the projection and running maxima.
+      factors of the projection, running maxima and, where `spec.judge_keys`, `log_weights` and
+      `flags` with what was found in the keys.
     """
     shape = cut(operands, spec) if shape is None else shape
     if operands.flags is None:
-        return _forward(operands, spec, shape)
-    lost = jnp.any(operands.flags != 0)
+        return _forward(operands, spec, shape)[:2]
+    out, residuals, found = _forward(operands, spec, shape)
+    # The kernel that judges keys reports the flags as well.
+    lost = jnp.any((operands.flags if found is None else found) != 0)
+    known = None
     if not spec.mark_queries:
-        lost |= ~jnp.all(jnp.isfinite(operands.query))
+        known = jnp.swapaxes(jnp.all(jnp.isfinite(operands.query), axis=-1), 1, 2)
+        lost |= ~jnp.all(known)
 
-    def plain(operands):
-        return _forward(operands, spec, shape)
-
-    def repaired(operands):
+    # A loop of one turn or none: what it carries stays in place, a branch would copy all of it.
+    def repair(carry):
         # The same sums in the same order: a record that is not finite changes no other's.
-        out, (clean, mass, factor, best) = _forward(operands, spec, shape, repairs=True)
-        if not spec.mark_queries:
-            known = jnp.all(jnp.isfinite(operands.query), axis=-1)
+        weights = carry[3]
+        if found is not None:
+            whole = jnp.all(jnp.isfinite(operands.key), axis=(2, 3))
+            weights = jnp.where(whole[..., None], weights, -jnp.inf)
+        given = operands._replace(log_weights=weights)
+        out, (clean, mass, factor, best), _ = _forward(given, spec, shape, repairs=True)
+        if known is not None:
             # As in the Triton kernels: gradients know such queries by this sign.
-            factor = jnp.where(jnp.swapaxes(known, 1, 2), factor, -factor)
-        return out, (clean, mass, factor, best)
+            factor = jnp.where(known, factor, -factor)
+        return alike((jnp.bool_(False), out, (clean, mass, factor, best), weights), carry[0])
 
-    return lax.cond(lost, repaired, plain, operands)
+    def alike(carry, other):
+        leaves, tree = jax.tree.flatten(carry)
+        return tree.unflatten(_primitives.vary_alike(*leaves, other)[:-1])
+
+    carry = alike((lost, out, residuals, operands.log_weights), lost)
+    _, out, residuals, weights = lax.while_loop(lambda carry: carry[0], repair, carry)
+    if found is not None:
+        residuals += (weights, lost.astype(jnp.int32).reshape(1, 1))
+    return out, residuals
 
 
 def _forward(
     operands: Operands, spec: Spec, shape: Shape, *, repairs: bool = False
-) -> tuple[jax.Array, tuple]:
+) -> tuple[jax.Array, tuple, jax.Array | None]:
+    """The answer, residuals, and what the kernel reports: not 0 where a record is not finite."""
     # Without flags contributions may be clipped by `column_squares`, whose scores have to be these
     # bit for bit: both then get queries that were rounded once, outside.
     plan, inputs = _plan(operands, spec, shape, converts=operands.flags is not None)
-    plan = dataclasses.replace(plan, repairs=repairs)
+    # Whoever repairs knows of the keys.
+    plan = dataclasses.replace(plan, repairs=repairs, judges=plan.judges and not repairs)
     if plan.noisy:
         inputs["noise_key"] = operands.noise_key
     if plan.scheduled:
@@ -291,6 +313,9 @@ def _forward(
         outputs["best"] = (rows, jnp.float32)
     if spec.noise == "rows":
         outputs["clean"] = outputs["out"]
+    if plan.judges:
+        inputs["flags"] = operands.flags.reshape(-1)
+        outputs["bad_keys"] = ((plan.programs, 4), jnp.int32)
     outputs |= {name: (size, jnp.float32) for name, size in buffers(plan).items()}
     threads = shape.compute + 1 + plan.noisy * shape.drawing
     memory = scratch(plan)
@@ -305,7 +330,7 @@ def _forward(
         for name in ("mass", "factor", "best")
     )
     factor = jnp.ones((plan.batch, plan.heads, queries)) if factor is None else factor
-    return out, (clean, mass, factor, best)
+    return out, (clean, mass, factor, best), found.get("bad_keys")
 
 
 def column_squares(operands: Operands, spec: Spec) -> jax.Array:

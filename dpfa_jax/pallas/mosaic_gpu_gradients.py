@@ -161,6 +161,9 @@ def backward(operands: Operands, spec: Spec, residuals: tuple, cotangent: jax.Ar
       (d query, d key, d value, d log_weights, None) in the operands' shapes, in the operands' dtype
       where a kernel writes the whole sum, else in float32.
     """
+    residuals, judged = residuals[:4], residuals[4:]
+    if judged:
+        operands = operands._replace(log_weights=judged[0], flags=judged[1])
     if spec.float8_scores:
         rows = float8.through(operands.query), float8.through(operands.key)
         operands = operands._replace(query=rows[0], key=rows[1])
@@ -242,7 +245,7 @@ def _backward(
     inputs = {
         "query": _padded(given.query, width),
         "key": _padded(given.key, width),
-        "value": _padded(given.value, width),
+        "value": _padded(triton.towards_zero(given.value, plan.dtype), width),
         "cotangent": _padded(d_ratio.astype(plan.dtype), width),
         "offsets": jnp.pad(bias, tail, constant_values=-jnp.inf),
         "rows": jnp.stack(padded, axis=2),

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dpfa_jax.doubleword import add_word
 from dpfa_jax.pallas import mosaic_gpu_answers as answers
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
+from dpfa_jax.pallas import mosaic_gpu_copies as copies
 from dpfa_jax.pallas import mosaic_gpu_masks as masks
 from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
 from dpfa_jax.pallas import mosaic_gpu_products as products
@@ -25,72 +26,6 @@ from dpfa_jax.pallas.mosaic_gpu_plan import ROW_BATCH, Plan
 from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, ROW, ROWS, TILE, uniform
 
 _PAIR = 2
-
-
-def _slot(step, stages: int):
-    return lax.rem(step, jnp.int32(stages))
-
-
-def _shared_index(size: int, index):
-    return jnp.int32(0) if size == 1 else index
-
-
-def _each_tile(plan: Plan, refs, body, carry):
-    """`body(local number, tile, carry)` over the tiles of this block of the grid."""
-    program = lax.axis_index("program")
-    if plan.scheduled:
-        mine = refs["schedule"].at[program][0]
-    else:
-        mine = lax.div(jnp.int32(plan.tiles - 1) - program, jnp.int32(plan.programs)) + 1
-
-    def step(index, carry):
-        return body(index, _tile_number(plan, refs, index), carry)
-
-    return lax.fori_loop(jnp.int32(0), mine, step, carry)
-
-
-def _tile_number(plan: Plan, refs, index):
-    """This block's tile of that local number; some tile if it has fewer, up to a whole batch."""
-    program = lax.axis_index("program")
-    if plan.scheduled:
-        return refs["schedule"].at[program][index + 1]
-    return program + index * plan.programs
-
-
-def _copy_loop(plan: Plan, refs):
-    """The memory warpgroup."""
-    size, stages = plan.shape.block_k, plan.shape.stages
-
-    def tile(index, number, step):
-        block, head, batch = plan.place(number)
-        low, count = plan.key_range(block)
-        memory = _shared_index(plan.memories, batch)
-        kv_head = lax.div(head, jnp.int32(plan.group))
-        for wg in range(plan.shape.compute):
-            pl.when(index > 0)(lambda wg=wg: plgpu.barrier_wait(refs["q_empty"].at[wg]))
-            rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
-            given = refs["given" if plan.converts else "q"].at[wg]
-            source = refs["query"].at[batch, rows, head]
-            plgpu.copy_gmem_to_smem(source, given, refs["q_full"].at[wg])
-
-        def key_tile(i, step):
-            slot = _slot(step, stages)
-            keys = pl.ds((low + count - 1 - i) * size, size)
-            again = step >= stages
-            pl.when(again)(lambda: plgpu.barrier_wait(refs["k_empty"].at[slot]))
-            full = refs["k_full"].at[slot]
-            plgpu.copy_gmem_to_smem(refs["key"].at[memory, keys, kv_head], refs["k"].at[slot], full)
-            row = refs["offsets"].at[_shared_index(plan.offsets, batch), kv_head, keys]
-            plgpu.copy_gmem_to_smem(row, refs["offset"].at[slot], full)
-            pl.when(again)(lambda: plgpu.barrier_wait(refs["v_empty"].at[slot]))
-            plgpu.copy_gmem_to_smem(
-                refs["value"].at[memory, keys, kv_head], refs["v"].at[slot], refs["v_full"].at[slot]
-            )
-            return step + 1
-
-        return lax.fori_loop(jnp.int32(0), count, key_tile, step)
-
-    _each_tile(plan, refs, tile, jnp.int32(0))
 
 
 def _noise_buffer(plan: Plan, refs, slot, wg):
@@ -124,7 +59,7 @@ def _noise_loop(plan: Plan, refs, first):
         """Noise of the denominators of this tile and the ones after it."""
         places = []
         for later in range(ROW_BATCH):
-            block, head, batch = plan.place(_tile_number(plan, refs, index + later))
+            block, head, batch = plan.place(copies.tile_number(plan, refs, index + later))
             places.append((batch, head, block * plan.block_q + first * ROWS))
         out = _row_places(plan, refs, first, index, ROW_BATCH)
         noise_blocks.row_noise(key, places, plan.served * ROWS, spec.denominator_std, out)
@@ -132,7 +67,7 @@ def _noise_loop(plan: Plan, refs, first):
     def tile(index, number, carry):
         block, head, batch = plan.place(number)
         start = block * plan.block_q
-        slot = _slot(index, slots)
+        slot = copies.ring_slot(index, slots)
         pl.when(index >= slots)(lambda: plgpu.barrier_wait(refs["noise_empty"].at[slot]))
         if plan.row_noisy:
             # One warp draws for several tiles in the time that it would draw for one.
@@ -149,7 +84,7 @@ def _noise_loop(plan: Plan, refs, first):
             return half(first, carry)
         return lax.fori_loop(first, first + plan.served, half, carry)
 
-    _each_tile(plan, refs, tile, jnp.int32(0))
+    copies.each_tile(plan, refs, tile, jnp.int32(0))
 
 
 def _visible(plan: Plan, start, key_start, refs, batch, query_ids) -> Any:
@@ -163,7 +98,7 @@ def _visible(plan: Plan, start, key_start, refs, batch, query_ids) -> Any:
         keys = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=COLUMN) + key_start
         allowed = masks.seen(rows, keys, left, right)
     if plan.segments:
-        memory = _shared_index(plan.memories, batch)
+        memory = copies.shared_index(plan.memories, batch)
         source = refs["key_segments"].at[memory, pl.ds(key_start, size)]
         same = masks.same(query_ids, plgpu.load(source, layout=COLUMN, optimized=False))
         allowed = same if allowed is None else allowed & same
@@ -226,7 +161,7 @@ def _sums(plan: Plan, refs, wg, place, step):
 
     matrices = plan.matrices
     query = refs["q"].at[wg]
-    slot = _slot(step, stages)
+    slot = copies.ring_slot(step, stages)
     plgpu.barrier_wait(refs["q_full"].at[wg])
     given = query
     if plan.converts:
@@ -246,7 +181,7 @@ def _sums(plan: Plan, refs, wg, place, step):
     def one(i, carry, masked=plan.masked):
         """Sums of key tile i-1, weights of key tile i."""
         rounded, total, outer, mass, best = carry
-        slot, before = _slot(step + i, stages), _slot(step + i - 1, stages)
+        slot, before = copies.ring_slot(step + i, stages), copies.ring_slot(step + i - 1, stages)
         wait("k_full", slot)
         places = (query, refs["k"].at[slot], refs["v"].at[before])
         scores, summed = products.overlapped(
@@ -315,7 +250,7 @@ def _sums(plan: Plan, refs, wg, place, step):
         begin = jnp.maximum(whole * flush + 1, first)
     carry = lax.fori_loop(begin, count, one, carry)
     rounded, total, outer, mass, best = carry
-    slot = _slot(step + count - 1, stages)
+    slot = copies.ring_slot(step + count - 1, stages)
     wait_values(slot)
     total = products.started(refs["v"].at[slot], rounded, total, adds(count - 1), matrices[1])
     # Read beside the last products, which take as long.
@@ -337,7 +272,7 @@ def _noise(plan: Plan, refs, wg, index):
     """This warpgroup's noise of sums and of denominators, waited for; None where there is none."""
     if not plan.noisy:
         return None, None
-    slot = _slot(index, plan.shape.slots)
+    slot = copies.ring_slot(index, plan.shape.slots)
     plgpu.barrier_wait(refs["noise_full"].at[slot * plan.shape.compute + wg])
     noise = noise_blocks.noise_kept(_noise_buffer(plan, refs, slot, wg), plan.value_width)
     row = None
@@ -355,7 +290,7 @@ def _compute_loop(plan: Plan, refs, wg):
         total, mass, best, lost, step = _sums(plan, refs, wg, place, step)
         noise = _noise(plan, refs, wg, index)
         if plan.noisy:
-            plgpu.barrier_arrive(refs["noise_empty"].at[_slot(index, plan.shape.slots)])
+            plgpu.barrier_arrive(refs["noise_empty"].at[copies.ring_slot(index, plan.shape.slots)])
         answer, clean, mass, factor = answers.answer(plan, total, mass, noise, lost)
         if lost is not None:
             factor, best = answers.marked(factor, best, lost)
@@ -376,7 +311,7 @@ def _compute_loop(plan: Plan, refs, wg):
                 refs[name][batch, head, rows] = row
         return step
 
-    _each_tile(plan, refs, tile, jnp.int32(0))
+    copies.each_tile(plan, refs, tile, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -404,7 +339,7 @@ def forward_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
     @pl.when(thread == compute)
     def _():
         plgpu.set_max_registers(registers[1], action="decrease")
-        _copy_loop(plan, refs)
+        copies.copy_loop(plan, refs)
 
     if plan.noisy:
 
@@ -438,13 +373,13 @@ def column_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
     key_block, rest = lax.rem(program, plan.key_blocks), lax.div(program, plan.key_blocks)
     kv_heads = plan.heads // plan.group
     kv_head, batch = lax.rem(rest, kv_heads), lax.div(rest, kv_heads)
-    memory, key_start = _shared_index(plan.memories, batch), key_block * size
+    memory, key_start = copies.shared_index(plan.memories, batch), key_block * size
     keys = pl.ds(key_start, size)
 
     @pl.when(wg == 0)
     def _():
         plgpu.copy_gmem_to_smem(refs["key"].at[memory, keys, kv_head], refs["k"], refs["k_full"])
-        row = refs["offsets"].at[_shared_index(plan.offsets, batch), kv_head, keys]
+        row = refs["offsets"].at[copies.shared_index(plan.offsets, batch), kv_head, keys]
         plgpu.copy_gmem_to_smem(row, refs["offset"], refs["k_full"])
 
     tiles = -(-plan.queries // ROWS)

@@ -88,6 +88,7 @@ class Plan:
       converts: whether queries come in `dtype` and are rounded to `key_dtype` in the kernel.
       marks: whether queries that are not finite are answered by NaN.
       repairs: whether values that are not finite count as 0, and queries as rows of zeros.
+      judges: whether the kernel reads `flags` and tells of keys that are not finite too.
     """
 
     spec: Spec
@@ -109,6 +110,7 @@ class Plan:
     converts: bool = False
     marks: bool = False
     repairs: bool = False
+    judges: bool = False
 
     def __post_init__(self):
         if self.shape.turns and self.shape.compute != 2:
@@ -342,6 +344,26 @@ class Plan:
             low, _ = _divided(arithmetic.maximum(start - left, 0), size, arithmetic)
             low = arithmetic.minimum(low, high - 1)
         return low, high - low
+
+    def judged(self, tile, block, head, batch):
+        """Whether a query tile judges a key tile that it sees.
+
+        Every key tile that any query sees is judged once, by a query tile that sees it.
+
+        Args:
+          tile: number of the key tile, int32 scalar of a kernel.
+          block: as of `place`, like the others.
+          head: of the queries.
+          batch: of the queries.
+        """
+        if self.sides == (None, None):
+            # As many by every query tile.
+            ours = lax.rem(tile, jnp.int32(self.query_blocks)) == block
+        else:
+            low, count = self.key_range(jnp.maximum(block - 1, 0))
+            ours = (block == 0) | (tile >= low + count)
+        ours &= lax.rem(head, jnp.int32(self.group)) == 0
+        return ours & (batch == 0) if self.memories == 1 else ours
 
 
 def _divided(number, by, arithmetic):

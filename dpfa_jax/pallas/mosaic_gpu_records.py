@@ -6,8 +6,8 @@ at in branches that a warp takes only then.
 """
 
 import dataclasses
+import functools
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,8 +29,8 @@ _SMALLEST_BOUND = 2.0**-40
 _DOWN = -100
 """Power of 2 that brings the squares of all numbers of 16 bits below ∞."""
 
-_PASSES = 8
-"""Rows that each lane fetches at once, a part of 16 bytes of each."""
+_FETCHES = 8
+"""Parts of 16 bytes of rows that each lane fetches at once."""
 
 _LANES = 32
 
@@ -113,14 +113,14 @@ class _Plan:
     Attributes:
       length: S.
       heads: K.
-      widths: of keys and of values.
+      widths: of the rows that are read: keys and values, or values alone.
       half: PTX name of their numbers.
       bound: of the weighted value rows' norms, or None.
     """
 
     length: int
     heads: int
-    widths: tuple[int, int]
+    widths: tuple[int, ...]
     half: str
     bound: float | None
 
@@ -130,9 +130,14 @@ class _Plan:
         return 1 << (max(self.widths) // 8 - 1).bit_length()
 
     @property
+    def passes(self) -> int:
+        """Rows that each lane fetches a part of at once."""
+        return _FETCHES // len(self.widths)
+
+    @property
     def together(self) -> int:
         """Rows that a warpgroup fetches at once."""
-        return _PASSES * rg.WARPGROUP // self.share
+        return self.passes * rg.WARPGROUP // self.share
 
     @property
     def records(self) -> int:
@@ -161,39 +166,46 @@ def _over_row(plan: _Plan, number):
     return number
 
 
-def _rare(plan: _Plan, key, value, lost, record):
-    """The weight of a row whose square is not below ∞; marks records that are not finite."""
-    nothing = _over_row(plan, arith.addf(_nothing(key, plan.half), _nothing(value, plan.half)))
+def _rare(plan: _Plan, rows, lost, record):
+    """The weight of a row whose square is not below ∞; marks records that are not finite.
+
+    Of `rows` the last is the value's.
+    """
+    nothing = functools.reduce(arith.addf, [_nothing(row, plan.half) for row in rows])
+    nothing = _over_row(plan, nothing)
     finite = arith.cmpf(arith.CmpFPredicate.OEQ, nothing, rg.real(0.0))
     place = arith.addi(lost, arith.shli(arith.addi(record, rg.integer(1)), rg.integer(2)))
     for address in (lost, place):
         text = "{ .reg .pred p; setp.eq.b32 p, $1, 0; @p st.shared.b32 [$0], $2; }"
         _write(text, [address, _flag(finite), rg.integer(1)], "r,r,r")
-    return _log_weight(plan, _over_row(plan, _squares(value, plan.half, 2.0**_DOWN)), _DOWN)
+    square = _over_row(plan, _squares(rows[-1], plan.half, 2.0**_DOWN))
+    return _log_weight(plan, square, _DOWN)
 
 
-def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
+def _kernel(plan: _Plan, *refs):
     """One block of the grid.
 
     Args:
       plan: what is static.
-      key: (rows, H) of all memories.
-      value: (rows, h).
-      weights: (rows,) float32, is written: memory, then head, then record.
-      flags: (blocks of all memories,) int32, is written.
-      narrow_and_lost: (rows, H) of float8_e4m3fn, is written, or nothing; and `records` + 1 words
-        of shared memory: whether any record has a row that is not finite, and each of them.
+      refs: in this order:
+        (rows, H) keys of all memories, where they are read;
+        (rows, h) values;
+        (rows,) float32 weights, are written: memory, then head, then record;
+        (blocks of all memories,) int32 flags, are written;
+        (rows, H) of float8_e4m3fn, are written, or nothing;
+        `records` + 1 words of shared memory: whether any record has a row that is not finite, and
+        each of them.
     """
-    *narrow, lost = narrow_and_lost
+    count = len(plan.widths)
     share, heads = plan.share, plan.heads
     at_once = _LANES // share
     rows = plan.length * heads
     own = plan.records * heads
     less, equal = arith.CmpIPredicate.ult, arith.CmpIPredicate.eq
 
-    @rg.inline(arg_types=(*[plgpu.RefType()] * (5 + len(narrow)), rg.SCALAR))
-    def run(_, key, value, weights, flags, lost, *rest):
-        *narrow, program = rest
+    @rg.inline(arg_types=(*[plgpu.RefType()] * len(refs), rg.SCALAR))
+    def run(_, *given):
+        sources, (weights, flags, *narrow, lost, program) = given[:count], given[count:]
         program = rg.scalar(program)
         i64 = ir.IntegerType.get_signless(64)
         lost = arith.trunci(rg.i32(), llvm.ptrtoint(i64, mgpu.utils.memref_ptr(lost)))
@@ -203,7 +215,7 @@ def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
         thread = rg.thread()
         warp, lane = arith.shrui(thread, rg.integer(5)), arith.andi(thread, rg.integer(_LANES - 1))
         part = arith.andi(lane, rg.integer(share - 1))
-        first = arith.muli(warp, rg.integer(_PASSES * at_once))
+        first = arith.muli(warp, rg.integer(plan.passes * at_once))
         first = arith.addi(first, arith.shrui(lane, rg.integer(share.bit_length() - 1)))
 
         def each(count: int, body):
@@ -233,20 +245,21 @@ def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
         def turns(turn, carry):
             moved = arith.addi(arith.muli(turn, rg.integer(plan.together)), first)
             fetched = []
-            for number in range(_PASSES):
+            for number in range(plan.passes):
                 mine = arith.addi(moved, rg.integer(number * at_once))
                 local, words = arith.addi(begin, mine), []
                 there = arith.cmpi(less, local, rg.integer(rows))
                 row = arith.addi(start, local)
-                for ref, width in zip((key, value), plan.widths, strict=True):
+                for ref, width in zip(sources, plan.widths, strict=True):
                     inside = arith.cmpi(less, part, rg.integer(width // 8))
                     place = arith.addi(arith.muli(row, rg.integer(width // 8)), part)
                     inside = _flag(arith.andi(there, inside))
                     words.append(_four_words(_address(ref, place, 16), inside))
-                fetched.append((mine, local, there, *words))
-            for mine, local, there, key_words, value_words in fetched:
-                nothing = _nothing(key_words, plan.half)
-                square = arith.addf(_squares(value_words, plan.half), nothing)
+                fetched.append((mine, local, there, words))
+            for mine, local, there, words in fetched:
+                square = _squares(words[-1], plan.half)
+                for row in words[:-1]:
+                    square = arith.addf(square, _nothing(row, plan.half))
                 square = _over_row(plan, square)
                 usual = arith.cmpf(arith.CmpFPredicate.OLT, square, rg.real(math.inf))
                 text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.all.pred p, p, 0xffffffff;"
@@ -259,7 +272,7 @@ def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
                     scf.yield_([_log_weight(plan, square, 0.0)])
                 with ir.InsertionPoint(branch.else_block):
                     record = arith.divui(mine, rg.integer(heads))
-                    other = _rare(plan, key_words, value_words, lost, record)
+                    other = _rare(plan, words, lost, record)
                     scf.yield_([arith.select(usual, _log_weight(plan, square, 0.0), other)])
                 writes = _flag(arith.andi(there, arith.cmpi(equal, part, rg.integer(0))))
                 text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }"
@@ -268,7 +281,7 @@ def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
                     parts, row = plan.widths[0] // 8, arith.addi(start, local)
                     inside = arith.andi(there, arith.cmpi(less, part, rg.integer(parts)))
                     place = arith.addi(arith.muli(row, rg.integer(parts)), part)
-                    _write_float8(_address(ref, place, 8), key_words, plan.half, _flag(inside))
+                    _write_float8(_address(ref, place, 8), words[0], plan.half, _flag(inside))
             return carry
 
         _write("bar.sync 0;", [], "")
@@ -290,7 +303,7 @@ def _kernel(plan: _Plan, key, value, weights, flags, *narrow_and_lost):
         with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ne, found, rg.integer(0))):
             each(own, null)
 
-    run(key, value, weights, flags, lost, *narrow, lax.axis_index("program"))
+    run(*refs, lax.axis_index("program"))
 
 
 def _write(text: str, operands, kinds: str):
@@ -298,34 +311,37 @@ def _write(text: str, operands, kinds: str):
     rg.asm(ir.Type.parse("!llvm.void"), operands, text, kinds, effects=True)
 
 
-def _takes(key: jax.Array, value: jax.Array, bound: float | None) -> bool:
+def _takes(rows: tuple[jax.Array, ...], bound: float | None) -> bool:
     """Whether the kernel does: rows of 16-bit numbers, whole parts of 16 bytes."""
-    widths = (key.shape[3], value.shape[3])
+    widths, dtype = [x.shape[3] for x in rows], rows[0].dtype
     large = bound is None or bound >= _SMALLEST_BOUND
-    if key.dtype not in (jnp.bfloat16, jnp.float16) or value.dtype != key.dtype or not key.size:
+    if dtype not in (jnp.bfloat16, jnp.float16) or any(x.dtype != dtype for x in rows):
         return False
-    return large and max(widths) <= 256 and not any(width % 8 for width in widths)
+    if not rows[0].size or not large:
+        return False
+    return max(widths) <= 256 and not any(width % 8 for width in widths)
 
 
 def _run(
-    key: jax.Array, value: jax.Array, bound: float | None, narrow: bool = False
+    rows: tuple[jax.Array, ...], bound: float | None, narrow: bool = False
 ) -> tuple[jax.Array, ...]:
-    memories, length, heads, _ = key.shape
-    key, value = _primitives.vary_alike(key, value)
-    widths = (key.shape[3], value.shape[3])
-    plan = _Plan(length, heads, widths, rg.half_name(key.dtype), bound)
+    """Weights and flags of rows of keys and values, or of values alone; and narrow keys."""
+    memories, length, heads, _ = rows[0].shape
+    rows = _primitives.vary_alike(*rows)
+    widths = tuple(x.shape[3] for x in rows)
+    plan = _Plan(length, heads, widths, rg.half_name(rows[0].dtype), bound)
 
     def kernel(*refs):
         _kernel(plan, *refs)
 
     kernel.__name__ = "dpfa_mosaic_record_kernel"
-    rows = memories * length * heads
+    count = memories * length * heads
     out: list[tuple[tuple[int, ...], Any]] = [
-        ((rows,), jnp.float32),
+        ((count,), jnp.float32),
         ((memories * plan.blocks,), jnp.int32),
     ]
     if narrow:
-        out.append(((rows, widths[0]), jnp.float8_e4m3fn))
+        out.append(((count, widths[0]), jnp.float8_e4m3fn))
     run: Any = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(*kind) for kind in out],
@@ -338,29 +354,32 @@ def _run(
             lowering_semantics=LoweringSemantics.Lane,
         ),
     )
-    found = run(*(array.reshape(-1, array.shape[3]) for array in (key, value)))
+    found = run(*(array.reshape(-1, array.shape[3]) for array in rows))
     # They come back as if they were equal on all shards of a mesh.
-    _, weights, flags, *rest = _primitives.vary_alike(key, *found)
+    _, weights, flags, *rest = _primitives.vary_alike(rows[0], *found)
     # As the forward kernel reads them: in this order a transposition costs a small call much.
     weights = jnp.swapaxes(weights.reshape(memories, heads, length), 1, 2)
-    return weights, flags.reshape(memories, plan.blocks), *(x.reshape(key.shape) for x in rest)
+    flags = flags.reshape(memories, plan.blocks)
+    return weights, flags, *(x.reshape(rows[0].shape) for x in rest)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _weights(
-    key: jax.Array, value: jax.Array, bound: float | None, narrow: bool
+    rows: tuple[jax.Array, ...], bound: float | None, narrow: bool
 ) -> tuple[jax.Array, ...]:
-    return _run(key, value, bound, narrow)
+    return _run(rows, bound, narrow)
 
 
-def _forward(key, value, bound, narrow):
-    found = _run(key, value, bound, narrow)
-    return found, (key, value, found[0])
+def _forward(rows, bound, narrow):
+    found = _run(rows, bound, narrow)
+    return found, (rows, found[0])
 
 
 def _backward(bound, narrow, saved, cotangents):
     # Eight-bit keys have no gradient of their own: those of scores are of the rows they stand for.
-    return triton_records.backward(bound, saved, cotangents[:2])
+    (*keys, value), weights = saved
+    gradient = triton_records.value_gradient(value, weights, bound, cotangents[0])
+    return ((*map(jnp.zeros_like, keys), gradient),)
 
 
 _weights.defvjp(_forward, _backward)
@@ -374,9 +393,25 @@ def record_log_weights(
     The logarithm is the device's approximate one: weights are within 2⁻¹⁵ of those, which
     `reference.WEIGHT_ERROR` covers.
     """
-    if not _takes(key, value, bound):
+    if not _takes((key, value), bound):
         return triton_records.record_log_weights(key, value, bound)
-    found: Any = _weights(key, value, bound, False)
+    found: Any = _weights((key, value), bound, False)
+    return tuple(found)
+
+
+def value_log_weights(value: jax.Array, bound: float | None) -> tuple[jax.Array, jax.Array] | None:
+    """`record_log_weights` as if every key were finite, without reading keys.
+
+    Args:
+      value: as of `record_log_weights`.
+      bound: likewise.
+
+    Returns:
+      The same, or None where the kernel does not take the values.
+    """
+    if not _takes((value,), bound):
+        return None
+    found: Any = _weights((value,), bound, False)
     return tuple(found)
 
 
@@ -390,7 +425,7 @@ def narrow_records(
       value: likewise.
       bound: likewise.
     """
-    if not _takes(key, value, bound) or key.shape[3] % 32:
+    if not _takes((key, value), bound) or key.shape[3] % 32:
         return *record_log_weights(key, value, bound), None
-    found: Any = _weights(key, value, bound, True)
+    found: Any = _weights((key, value), bound, True)
     return tuple(found)

@@ -35,7 +35,11 @@ def inline(*, arg_types: tuple = (), return_type: Any = None) -> Any:
 
 def half_name(dtype) -> str:
     """PTX name of bfloat16 or float16."""
-    return "bf16" if dtype == jnp.bfloat16 else "f16"
+    names = {"bfloat16": "bf16", "float16": "f16"}
+    name = jnp.dtype(dtype).name
+    if name not in names:
+        raise TypeError(f"Expected bfloat16 or float16, got {name}; the kernels read no other.")
+    return names[name]
 
 
 def to_float8(half: str, word: str, out: str) -> str:

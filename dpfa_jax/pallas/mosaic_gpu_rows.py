@@ -171,6 +171,103 @@ def unfinite(ref, matrix):
     return run(ref)
 
 
+def _report(found):
+    """Where this warp reports: address of its number of (4,) int32, and this thread's lane."""
+    address = llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(found))
+    warp = arith.extui(address.type, arith.shrui(rg.thread(), rg.integer(5)))
+    four = arith.constant(address.type, ir.IntegerAttr.get(address.type, 4))
+    return arith.addi(address, arith.muli(warp, four)), arith.andi(rg.thread(), rg.integer(31))
+
+
+def begin_report(flags, found, program, programs: int):
+    """Writes where `report_unfinite` reports: 1 if a flag of this block's share is not 0, else 0.
+
+    Args:
+      flags: (n,) int32 in global memory.
+      found: (4,) int32 in global memory, one for each warp.
+      program: which block of the grid this is.
+      programs: so many share the flags.
+    """
+    count = flags.shape[0]
+
+    @rg.inline(arg_types=(plgpu.RefType(), plgpu.RefType(), rg.SCALAR))
+    def run(_, flags, found, program):
+        i64 = ir.IntegerType.get_signless(64)
+        address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(flags))
+        first = arith.addi(_times(rg.scalar(program), rg.WARPGROUP), rg.thread())
+        turns = -(-count // (programs * rg.WARPGROUP))
+
+        @mgpu.utils.fori(rg.integer(turns), [rg.integer(0)])
+        def read(turn, carry):
+            place = arith.addi(first, _times(turn, programs * rg.WARPGROUP))
+            text = (
+                "{ .reg .pred p; .reg .b64 a; setp.lt.u32 p, $2, $3; mul.wide.u32 a, $2, 4;"
+                " add.s64 a, a, $1; mov.b32 $0, 0; @p ld.global.b32 $0, [a]; }"
+            )
+            given = [address, place, rg.integer(count)]
+            value = rg.asm(rg.i32(), given, text, "=&r,l,r,r,~{memory}", effects=True)
+            return [arith.ori(carry[0], value)]
+
+        text = (
+            "{ .reg .pred p, q; .reg .b32 a; setp.ne.b32 p, $2, 0;"
+            " vote.sync.any.pred q, p, 0xffffffff; selp.b32 a, 1, 0, q;"
+            " setp.eq.b32 p, $1, 0; @p st.global.b32 [$0], a; }"
+        )
+        void = ir.Type.parse("!llvm.void")
+        given = [*_report(found), read.results[0]]
+        rg.asm(void, given, text, "l,r,r,~{memory}", effects=True)
+
+    run(flags, found, program)
+
+
+_COPYING = 12
+"""Named barrier of the warpgroup that copies."""
+
+
+def report_unfinite(ref, matrix, found):
+    """Writes 1 to a warp's number if one of its rows has a NaN or an infinity.
+
+    Called by all warps of the one warpgroup that reports, which wait for each other.
+
+    Args:
+      ref: (rows, width) of bfloat16 or float16 in shared memory, at most 128 rows.
+      matrix: its dtype and transforms.
+      found: (4,) int32 in global memory; what is there stays otherwise.
+    """
+    half, rows = rg.half_name(matrix.dtype), ref.shape[0]
+    # A row a thread, or half a row: the swizzle has eight threads read all banks at a time.
+    share = 2 if 2 * rows <= rg.WARPGROUP else 1
+    per_tile, block = matrix.swizzle // 16, matrix.width * matrix.bytes * 8
+    steps = "".join(_UNFINITE[2].format(w=f"w{i}", t=f"t{i}", half=half) for i in range(4))
+    text = "{ .reg .b32 a, w<4>, t<4>; .reg .b16 low, high; .reg .f32 x;"
+    text += "".join(f" mov.b32 t{i}, 0;" for i in range(4))
+    for number in range(per_tile // share):
+        text += f" xor.b32 a, $1, {16 * number};"
+        for offset in range(0, block, 8 * matrix.swizzle):
+            text += f" ld.shared.v4.b32 {{w0, w1, w2, w3}}, [a+{offset}];{steps}"
+    for one, other in ((0, 1), (2, 3), (0, 2)):
+        text += f" add.rn.{half}x2 t{one}, t{one}, t{other};"
+    text += f" mov.b32 {{low, high}}, t0; add.rn.{half} low, low, high; cvt.f32.{half} $0, low; }}"
+    report = (
+        "{ .reg .pred p, q; setp.nan.f32 p, $2, $2; vote.sync.any.pred q, p, 0xffffffff;"
+        " setp.eq.and.b32 p, $1, 0, q; @p st.global.b32 [$0], 1;"
+        f" bar.sync {_COPYING}, {rg.WARPGROUP}; }}"
+    )
+
+    @rg.inline(arg_types=(plgpu.RefType(matrix.transforms), plgpu.RefType()))
+    def run(_, ref, found):
+        # Threads for which there is no row read the last.
+        row = arith.divui(rg.thread(), rg.integer(share))
+        row = arith.minui(row, rg.integer(rows - 1))
+        part = _times(arith.andi(rg.thread(), rg.integer(share - 1)), per_tile // share)
+        start = _chunk(_base(ref), row, part, matrix)
+        total = rg.asm(rg.f32(), [start, rg.integer(0)], text, "=f,r,r,~{memory}", effects=True)
+        given = [*_report(found), total]
+        rg.asm(ir.Type.parse("!llvm.void"), given, report, "l,r,f,~{memory}", effects=True)
+
+    run(ref, found)
+
+
 def clear_rows(ref, lost, matrix):
     """Writes zeros to the rows of a tile in shared memory that `unfinite` found.
 

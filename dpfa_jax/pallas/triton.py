@@ -134,8 +134,15 @@ def fold_masks(operands: Operands, spec: Spec, shift: int = 0) -> tuple[Operands
     return operands._replace(mask=mask, key_lengths=None), bias
 
 
-def _towards_zero(rows: jax.Array, dtype: Any) -> jax.Array:
-    """The rows in a narrower dtype, no number larger than it was: a bound on their norm holds."""
+def towards_zero(rows: jax.Array, dtype: Any) -> jax.Array:
+    """The rows in a narrower dtype, no number larger than it was: a bound on their norm holds.
+
+    Args:
+      rows: any array of floating numbers.
+      dtype: as wide or narrower.
+    """
+    if rows.dtype == dtype:
+        return rows
     rounded = rows.astype(dtype)
     above = jnp.abs(rounded.astype(rows.dtype)) > jnp.abs(rows)
     return jnp.where(above, lax.nextafter(rounded, jnp.zeros_like(rounded)), rounded)
@@ -151,9 +158,7 @@ def _arguments(
     padded_keys = triton_calls.round_up(plan.keys, tile.block_k)
     padded_queries = triton_calls.round_up(plan.queries, tile.block_q)
     key_pad, value_pad = tiling.padded(plan.key_width), tiling.padded(plan.value_width)
-    value = operands.value
-    if value.dtype != plan.dtype:
-        value = _towards_zero(value, plan.dtype)
+    value = towards_zero(operands.value, plan.dtype)
 
     def kv_head(head):
         return head if by_key else lax.div(head, jnp.int32(group))

@@ -165,23 +165,29 @@ def _forward(key, value, bound):
     return (weights, flags), (key, value, weights)
 
 
-def backward(bound, saved, cotangents):
-    """Gradients of the weights' logarithms in key, which are 0, and value.
+def _backward(bound, saved, cotangents):
+    key, value, weights = saved
+    return jnp.zeros_like(key), value_gradient(value, weights, bound, cotangents[0])
+
+
+def value_gradient(
+    value: jax.Array, weights: jax.Array, bound: float | None, cotangent: jax.Array
+) -> jax.Array:
+    """Gradient of the weights' logarithms in the values.
 
     Args:
+      value: (M, S, K, h).
+      weights: (M, S, K), the logarithms.
       bound: of the weighted value rows' norms, or None.
-      saved: key (M, S, K, H), value (M, S, K, h) and the logarithms (M, S, K).
-      cotangents: of the logarithms, and of the flags, which count for nothing.
+      cotangent: of the logarithms.
     """
-    key, value, weights = saved
-    none = jnp.zeros_like(key)
     if bound is None:
-        return none, jnp.zeros_like(value)
+        return jnp.zeros_like(value)
     # d log(bound/‖v‖) = −v/‖v‖², and ‖v‖ is the bound over the weight.
     clipped = (weights < 0) & (weights > -jnp.inf)
-    slope = jnp.where(clipped, cotangents[0] * jnp.exp(2 * weights), 0.0) / -(bound * bound)
+    slope = jnp.where(clipped, cotangent * jnp.exp(2 * weights), 0.0) / -(bound * bound)
     kept = jnp.where(clipped[..., None], value.astype(jnp.float32), 0.0)
-    return none, (slope[..., None] * kept).astype(value.dtype)
+    return (slope[..., None] * kept).astype(value.dtype)
 
 
-record_log_weights.defvjp(_forward, backward)
+record_log_weights.defvjp(_forward, _backward)
