@@ -83,6 +83,29 @@ def real(
     return number
 
 
+def noise_std(name: str, value: Any) -> float:
+    """The standard deviation of noise that float32 holds beside the values, or an error.
+
+    Smaller noise would be flushed to zero, and values of that size with it or not.
+
+    Raises:
+      TypeError: if it is not a static number.
+      ValueError: if it is below 2⁻¹⁰⁰ or above 2¹⁰⁰, or NaN.
+
+    Example:
+      >>> noise_std("noise_std", 2.0)
+      2.0
+    """
+    number = _number(name, value)
+    if not 2.0**-100 <= number <= 2.0**100:
+        raise ValueError(
+            f"Expected {name} > 0 and finite, between 2**-100 and 2**100 so that float32 holds the "
+            f"noise, got {number}. Scale the values and their bound by the same factor, or pass "
+            "another noise multiplier."
+        )
+    return number
+
+
 def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
     """The value as an int, or an error that names it and its range.
 

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpfa_jax import _check
+
 GRID_BITS = 10
 """A released value is a multiple of 2⁻¹⁰ of the power of two at or below its noise's std."""
 
@@ -45,12 +47,16 @@ def grid_step(noise_std: float) -> float:
     """The public grid of a value released with this noise: a power of two, ≤ 2⁻¹⁰·noise_std.
 
     Args:
-      noise_std: standard deviation of the noise, > 0 and finite.
+      noise_std: standard deviation of the noise, between 2⁻¹⁰⁰ and 2¹⁰⁰.
+
+    Raises:
+      ValueError: for noise that float32 would not hold.
 
     Example:
       >>> grid_step(3.0) == 2**-9
       True
     """
+    noise_std = _check.noise_std("the noise's standard deviation", noise_std)
     return math.ldexp(1.0, math.frexp(noise_std)[1] - 1 - GRID_BITS)
 
 

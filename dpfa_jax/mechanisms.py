@@ -64,7 +64,7 @@ def gaussian(
     Args:
       rng: one typed key, used for nothing else.
       value: float32, bfloat16 or float16; how far it may move is the caller's to bound.
-      noise_std: standard deviation of the noise, in the unit of the value, > 0.
+      noise_std: standard deviation of the noise, in the unit of the value, 2⁻¹⁰⁰ to 2¹⁰⁰.
       radius_bits: 40 or 64, where the noise ends, as in `random.normal`.
 
     Returns:
@@ -72,7 +72,7 @@ def gaussian(
 
     Raises:
       TypeError: for another dtype, or a noise_std that is not a static number.
-      ValueError: for a noise_std that is not positive and finite.
+      ValueError: for a noise_std that float32 does not hold.
 
     Guarantee: N1 (mechanisms.md): Gaussian over the reals up to its cut-off, 7.45 noise_std; the
       float32 bits of one release are NOT covered against somebody who compares two known values.
@@ -82,7 +82,7 @@ def gaussian(
       >>> gaussian(key, jnp.zeros(3), noise_std=2.0).shape
       (3,)
     """
-    noise_std = _check.real("noise_std", noise_std, low=0, open_low=True)
+    noise_std = _check.noise_std("noise_std", noise_std)
     value = _floats("value", value)
     key = _own_key(rng, value)
     return value + jnp.float32(noise_std) * random.normal(key, value.shape, radius_bits=radius_bits)

@@ -154,7 +154,8 @@ def test_every_key_tile_that_a_query_sees_is_judged_once(queries, keys, memories
         for number in range(low, low + count):
             place = (batch if memories > 1 else 0, head // 2, number)
             seen.add(place)
-            if plan.judged(jnp.int32(number), jnp.int32(block), jnp.int32(head), jnp.int32(batch)):
+            judging = plan.judging(jnp.int32(block), jnp.int32(head), jnp.int32(batch))
+            if plan.judged(jnp.int32(number), judging):
                 judged.append(place)
     assert len(seen) >= 2 * memories and sorted(seen) == sorted(judged)
 

@@ -265,10 +265,18 @@ def forward(
         known = jnp.swapaxes(jnp.all(jnp.isfinite(operands.query), axis=-1), 1, 2)
         lost |= ~jnp.all(known)
 
+    # The clean answer is the answer but for "rows": what comes twice would be copied.
+    apart = spec.noise == "rows"
+
+    def carry(lost, out, residuals, weights):
+        clean, *rows = residuals
+        leaves, tree = jax.tree.flatten((lost, out, clean if apart else None, rows, weights))
+        return tree.unflatten(_primitives.vary_alike(*leaves, *operands)[: len(leaves)])
+
     # A loop of one turn or none: what it carries stays in place, a branch would copy all of it.
-    def repair(carry):
+    def repair(carried):
         # The same sums in the same order: a record that is not finite changes no other's.
-        weights = carry[3]
+        weights = carried[4]
         if found is not None:
             whole = jnp.all(jnp.isfinite(operands.key), axis=(2, 3))
             weights = jnp.where(whole[..., None], weights, -jnp.inf)
@@ -277,14 +285,11 @@ def forward(
         if known is not None:
             # As in the Triton kernels: gradients know such queries by this sign.
             factor = jnp.where(known, factor, -factor)
-        return alike((jnp.bool_(False), out, (clean, mass, factor, best), weights), carry[0])
+        return carry(jnp.bool_(False), out, (clean, mass, factor, best), weights)
 
-    def alike(carry, other):
-        leaves, tree = jax.tree.flatten(carry)
-        return tree.unflatten(_primitives.vary_alike(*leaves, other)[:-1])
-
-    carry = alike((lost, out, residuals, operands.log_weights), lost)
-    _, out, residuals, weights = lax.while_loop(lambda carry: carry[0], repair, carry)
+    first = carry(lost, out, residuals, operands.log_weights)
+    _, out, clean, rows, weights = lax.while_loop(lambda carried: carried[0], repair, first)
+    residuals = clean if apart else out, *rows
     if found is not None:
         residuals += (weights, lost.astype(jnp.int32).reshape(1, 1))
     return out, residuals

@@ -94,6 +94,7 @@ def copy_loop(plan: Plan, refs):
         low, count = plan.key_range(block)
         memory = shared_index(plan.memories, batch)
         kv_head = lax.div(head, jnp.int32(plan.group))
+        judging = plan.judging(block, head, batch)
         for wg in range(plan.shape.compute):
             pl.when(index > 0)(lambda wg=wg: plgpu.barrier_wait(refs["q_empty"].at[wg]))
             rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
@@ -114,7 +115,7 @@ def copy_loop(plan: Plan, refs):
             if plan.judges:
                 # Places of values are free about a tile later than those of keys.
                 pl.when(step > 0)(lambda: judge(step - 1, ours))
-                ours = plan.judged(number, block, head, batch)
+                ours = plan.judged(number, judging)
             pl.when(again)(lambda: plgpu.barrier_wait(refs["v_empty"].at[slot]))
             plgpu.copy_gmem_to_smem(
                 refs["value"].at[memory, keys, kv_head], refs["v"].at[slot], refs["v_full"].at[slot]

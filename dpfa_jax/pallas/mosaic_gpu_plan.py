@@ -29,6 +29,10 @@ _LONGEST_TABLE = 1 << 16
 """Tiles beyond which so many fall to each block of the grid that their order hardly matters."""
 
 
+_NEVER = (1 << 31) - 1
+"""More than any key tile's number."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """How the kernel is cut.
@@ -345,25 +349,36 @@ class Plan:
             low = arithmetic.minimum(low, high - 1)
         return low, high - low
 
-    def judged(self, tile, block, head, batch):
-        """Whether a query tile judges a key tile that it sees.
+    def judging(self, block, head, batch):
+        """Which of the key tiles that it sees a query tile judges, as a number for `judged`.
 
         Every key tile that any query sees is judged once, by a query tile that sees it.
 
         Args:
-          tile: number of the key tile, int32 scalar of a kernel.
-          block: as of `place`, like the others.
+          block: as of `place`, int32 scalar of a kernel like the others.
           head: of the queries.
           batch: of the queries.
         """
+        ours = lax.rem(head, jnp.int32(self.group)) == 0
+        if self.memories == 1:
+            ours &= batch == 0
+        if self.sides == (None, None):
+            return jnp.where(ours, block, -1)
+        low, count = self.key_range(jnp.maximum(block - 1, 0))
+        return jnp.where(ours, jnp.where(block > 0, low + count, 0), _NEVER)
+
+    def judged(self, tile, judging):
+        """Whether a key tile that a query tile sees is judged by it.
+
+        Args:
+          tile: number of the key tile, int32 scalar of a kernel.
+          judging: what `judging` says of the query tile.
+        """
         if self.sides == (None, None):
             # As many by every query tile.
-            ours = lax.rem(tile, jnp.int32(self.query_blocks)) == block
-        else:
-            low, count = self.key_range(jnp.maximum(block - 1, 0))
-            ours = (block == 0) | (tile >= low + count)
-        ours &= lax.rem(head, jnp.int32(self.group)) == 0
-        return ours & (batch == 0) if self.memories == 1 else ours
+            return lax.rem(tile, jnp.int32(self.query_blocks)) == judging
+        # What no earlier query tile sees.
+        return tile >= judging
 
 
 def _divided(number, by, arithmetic):

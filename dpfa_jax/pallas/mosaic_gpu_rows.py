@@ -171,12 +171,12 @@ def unfinite(ref, matrix):
     return run(ref)
 
 
-def _report(found):
-    """Where this warp reports: address of its number of (4,) int32, and this thread's lane."""
+def _report(found, thread):
+    """Where a thread's warp reports: address of its number of (4,) int32; and the thread's lane."""
     address = llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(found))
-    warp = arith.extui(address.type, arith.shrui(rg.thread(), rg.integer(5)))
+    warp = arith.extui(address.type, arith.shrui(thread, rg.integer(5)))
     four = arith.constant(address.type, ir.IntegerAttr.get(address.type, 4))
-    return arith.addi(address, arith.muli(warp, four)), arith.andi(rg.thread(), rg.integer(31))
+    return arith.addi(address, arith.muli(warp, four)), arith.andi(thread, rg.integer(31))
 
 
 def begin_report(flags, found, program, programs: int):
@@ -214,7 +214,7 @@ def begin_report(flags, found, program, programs: int):
             " setp.eq.b32 p, $1, 0; @p st.global.b32 [$0], a; }"
         )
         void = ir.Type.parse("!llvm.void")
-        given = [*_report(found), read.results[0]]
+        given = [*_report(found, rg.thread()), read.results[0]]
         rg.asm(void, given, text, "l,r,r,~{memory}", effects=True)
 
     run(flags, found, program)
@@ -256,13 +256,17 @@ def report_unfinite(ref, matrix, found):
 
     @rg.inline(arg_types=(plgpu.RefType(matrix.transforms), plgpu.RefType()))
     def run(_, ref, found):
+        # Read here, so that addresses are not computed before the loop and kept: this warpgroup has
+        # few registers.
+        number = f"mov.u32 $0, %tid.x; and.b32 $0, $0, {rg.WARPGROUP - 1};"
+        thread = rg.asm(rg.i32(), [], number, "=r", effects=True)
         # Threads for which there is no row read the last.
-        row = arith.divui(rg.thread(), rg.integer(share))
+        row = arith.divui(thread, rg.integer(share))
         row = arith.minui(row, rg.integer(rows - 1))
-        part = _times(arith.andi(rg.thread(), rg.integer(share - 1)), per_tile // share)
+        part = _times(arith.andi(thread, rg.integer(share - 1)), per_tile // share)
         start = _chunk(_base(ref), row, part, matrix)
         total = rg.asm(rg.f32(), [start, rg.integer(0)], text, "=f,r,r,~{memory}", effects=True)
-        given = [*_report(found), total]
+        given = [*_report(found, thread), total]
         rg.asm(ir.Type.parse("!llvm.void"), given, report, "l,r,f,~{memory}", effects=True)
 
     run(ref, found)
