@@ -55,6 +55,10 @@ CASES = {
         {"queries": 100, "keys": 16500, "width": 128, "kv_heads": 4},
         {**NOISY, "noise_std": 1.0, "floor": 1.0},
     ),
+    "several runs in double words": (
+        {"queries": 70, "keys": 33000, "width": 128, "kv_heads": 4},
+        {**NOISY, "noise_std": 1.0, "floor": 1.0},
+    ),
     "several runs, narrow": ({"queries": 100, "keys": 9000}, {**NOISY, "noise_std": 1.0}),
     "several groups, float16": ({"keys": 1100, "width": 96, "dtype": "float16"}, NOISY),
     "several groups, narrow": ({"keys": 700}, NOISY),

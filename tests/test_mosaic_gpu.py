@@ -126,7 +126,7 @@ def test_supports_refuses_where_it_is_not_compiled():
     ("shapes", "part"),
     [
         ({"dtype": "float32"}, "bfloat16"),
-        ({"keys": 32776, "queries": 8}, "32768"),
+        ({"keys": 131080, "queries": 8}, "131072"),
         ({"keys": 700, "width": 192}, "wider"),
         ({"mask": jnp.ones((2, 4, 200, 300), bool)}, "masks by query"),
     ],
@@ -141,8 +141,9 @@ def test_sums_rounding_is_not_exceeded_by_a_unit_that_rounds_to_the_worse_side()
     # Steps of 16 keys that each err by 5.5·2⁻²³ of what was added so far, always against us; the
     # groups then join in float32. One record of weight 1 leaves a sum of n.
     sizes = (accumulators.SHORTEST_GROUP, accumulators.GROUP_KEYS)
-    for keys, size in itertools.product((16, 300, 1024, 4096, 8192, 9000, 32768), sizes):
-        error, mass, run = 0.0, 0, 16 * size
+    lengths = (16, 300, 1024, 4096, 8192, 9000, 32768, 32784, 131072)
+    for keys, size in itertools.product(lengths, sizes):
+        error, mass, run, low, pairs = 0.0, 0, 16 * size, 0.0, keys >= accumulators.PAIRED_FROM
         for first in range(0, keys, size):
             inside = 0
             for step in range(first, min(first + size, keys), 16):
@@ -152,7 +153,16 @@ def test_sums_rounding_is_not_exceeded_by_a_unit_that_rounds_to_the_worse_side()
             mass += inside
             # The changed record's run, then the runs one after another.
             error += 2.0**-24 * mass if 0 < first < run else 0.0
-            error += 2.0**-24 * mass if first >= run and (first + size) % run == 0 else 0.0
+            if first + size > run and (first + size) % run == 0:
+                if pairs:
+                    # Only the low word rounds: no error of a sum is above 2⁻²⁴ of it.
+                    low += 2.0**-24 * mass
+                    error += 2.0**-24 * low
+                else:
+                    error += 2.0**-24 * mass
+        if pairs:
+            # The last group's join, and both low words'.
+            error += 2.0**-24 * (run + low + 2.0**-24 * mass)
         error += 2.0**-24 * mass if keys > size else 0.0
         assert 2 * error <= accumulators.sums_rounding(keys)
     # Groups of 1024 keys would not do.
@@ -164,9 +174,11 @@ def test_sums_rounding_stays_near_one_percent():
     assert accumulators.sums_rounding(4096) < 0.015
     assert accumulators.rounding(8192) < 0.028
     assert accumulators.rounding(32768) < 0.043
-    assert accumulators.rounding(32769) == math.inf
-    with pytest.raises(ValueError, match="32768"):
-        accumulators.sums_rounding(32769)
+    assert accumulators.rounding(65536) < 0.036
+    assert accumulators.rounding(131072) < 0.044
+    assert accumulators.rounding(131073) == math.inf
+    with pytest.raises(ValueError, match="131072"):
+        accumulators.sums_rounding(131073)
 
 
 @pytest.mark.gpu
@@ -250,6 +262,28 @@ def test_float8_scores_of_columns_are_those_of_forward():
     assert _relative(found, wanted) < 2 * _score_error(operands, spec)
     # Rows as they are would be farther off than the unit's sums explain.
     assert _relative(reference.column_squares(operands, spec), wanted) > 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", (32768, 40000))
+@pytest.mark.parametrize("width", (64, 128))
+def test_sums_of_long_memories_lose_nothing_between_runs(width, keys):
+    # One word would lose each 1 beside 2²⁶, and so it does in shorter memories.
+    operands = _operands(queries=64, keys=keys, width=width)
+    value = jnp.zeros_like(operands.value)
+    value = value.at[:, 0].set(2.0**26).at[:, -1].set(-(2.0**26)).at[:, 9000:33000:6000].set(1)
+    operands = operands._replace(
+        query=jnp.zeros_like(operands.query),
+        value=value,
+        log_weights=jnp.zeros_like(operands.log_weights),
+    )
+    spec = _spec(
+        {**NOISY, "noise_std": 1e-3, "denominator_std": math.inf, "floor": 1.0, "ball": 2.0**28}
+        | {"score_cap": 1e-9}
+    )
+    out = np.asarray(jax.jit(lambda o: mosaic_gpu.forward(o, spec)[0])(operands), np.float32)
+    lost = 1.0 if keys >= accumulators.PAIRED_FROM else 0.0
+    np.testing.assert_allclose(out, 4.0 * lost, atol=0.05)
 
 
 _SUMS = {"noise_multiplier": 1.0, "value_bound": 3.0, "score_cap": 2.0}

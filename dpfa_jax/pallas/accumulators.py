@@ -14,8 +14,11 @@ SHORTEST_GROUP = 480
 RUN_GROUPS = 16
 """Groups of one outer sum, which then joins a third one."""
 
-LONGEST = 32768
-"""Longest memory whose sums are kept in float32 words; longer ones have no kernel."""
+PAIRED_FROM = 32769
+"""Rows of a memory from which on the third sum is a double word."""
+
+LONGEST = 131072
+"""Longest memory that the kernel sums: the last rounding, to one float32 word, grows with it."""
 
 _STEP_KEYS = 16
 _STEP_ERROR = 5.5 * 2.0**-23
@@ -42,8 +45,10 @@ def sums_rounding(keys: int) -> float:
     within = 2 * _STEP_ERROR * _STEP_KEYS * steps * (steps + 1) / 2
     groups = min(-(-keys // SHORTEST_GROUP), RUN_GROUPS + 1) + 1
     partial = sum(min(k * GROUP_KEYS, keys) for k in range(2, groups + 1))
-    if keys > RUN_GROUPS * SHORTEST_GROUP:
-        runs = -(-keys // (RUN_GROUPS * SHORTEST_GROUP)) + 1
+    runs = -(-keys // (RUN_GROUPS * SHORTEST_GROUP)) + 1
+    if keys >= PAIRED_FROM:
+        partial += keys + _UNIT * keys * runs * (runs + 1) / 2
+    elif keys > RUN_GROUPS * SHORTEST_GROUP:
         partial += sum(min(k * RUN_GROUPS * GROUP_KEYS, keys) for k in range(2, runs + 1))
     return 1.01 * (within + 2 * _UNIT * partial)
 

@@ -263,14 +263,6 @@ def write_column_sums(tile, ref):
     run(tile, ref)
 
 
-def _exact_sum(a, b):
-    """The rounded sum and its exact error (Knuth)."""
-    total = arith.addf(a, b)
-    other = arith.subf(total, a)
-    left = arith.subf(a, arith.subf(total, other))
-    return total, arith.addf(left, arith.subf(b, other))
-
-
 def row_sums(high, low):
     """Double words over each row's four threads added up: two (64,) float32, in all four."""
     kind = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, rg.ROW)
@@ -281,7 +273,7 @@ def row_sums(high, low):
         for a, b in zip(rg.numbers(high), rg.numbers(low), strict=True):
             for distance in (1, 2):
                 rest = arith.addf(b, mgpu.utils.shfl_bfly(b, distance))
-                a, error = _exact_sum(a, mgpu.utils.shfl_bfly(a, distance))
+                a, error = rg.exact_sum(a, mgpu.utils.shfl_bfly(a, distance))
                 b = arith.addf(rest, error)
             found.append((a, b))
         return tuple(rg.from_numbers(list(x), (ROWS,), rg.ROW) for x in zip(*found, strict=True))

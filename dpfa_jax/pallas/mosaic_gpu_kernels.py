@@ -240,7 +240,10 @@ def _sums(plan: Plan, refs, wg, place, step):
             def run(number, carry):
                 start = number * RUN_GROUPS
                 carry = lax.fori_loop(start, start + RUN_GROUPS, group, carry)
-                noise_blocks.keep(noise_blocks.joined(carry[2], far, number > 0), far)
+                if plan.paired:
+                    noise_blocks.keep_pair(carry[2], far, number > 0)
+                else:
+                    noise_blocks.keep(noise_blocks.joined(carry[2], far, number > 0), far)
                 return (*carry[:2], outer, *carry[3:])
 
             runs = lax.div(whole, jnp.int32(RUN_GROUPS))
@@ -261,7 +264,8 @@ def _sums(plan: Plan, refs, wg, place, step):
     if plan.joins:
         total = outer + total
         if plan.regroups:
-            total = noise_blocks.joined(total, far, done > 0)
+            join = noise_blocks.joined_pair if plan.paired else noise_blocks.joined
+            total = join(total, far, done > 0)
         mass = add_word(mass[1], mass[2], mass[0])
     else:
         mass = mass[0], none

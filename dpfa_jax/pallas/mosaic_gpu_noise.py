@@ -93,6 +93,67 @@ def joined(tile, ref, written):
     return run(tile, ref, written)
 
 
+def _pairs(place: tuple[str, Any, str], count: int, written):
+    """High and low words that `keep_pair` wrote, four of each at a time; zeros while nothing is."""
+    low = count // 4 * _STRIDE
+    for offset in range(0, low, _STRIDE):
+        words = [_load_four(*place, offset + first) for first in (0, low)]
+        # What was never written may be NaN.
+        yield (
+            offset,
+            [[arith.select(rg.scalar(written), x, rg.real(0.0)) for x in four] for four in words],
+        )
+
+
+def keep_pair(tile, ref, written):
+    """Adds a tile to the double words of a warpgroup's buffer, without an error that counts.
+
+    Args:
+      tile: (64, width) float32.
+      ref: (2·64·width,) float32, as of `keep`: the high words, then the low ones.
+      written: boolean scalar, the same in all threads: whether anything is there.
+    """
+
+    @rg.inline(arg_types=(rg.TILE, plgpu.RefType(), rg.SCALAR))
+    def run(_, tile, ref, written):
+        space, address, kind = place = _own(ref)
+        numbers, void = rg.numbers(tile), ir.Type.parse("!llvm.void")
+        for offset, (high, low) in _pairs(place, len(numbers), written):
+            mine = numbers[offset // _STRIDE * 4 :][:4]
+            sums = [rg.exact_sum(old, new) for old, new in zip(high, mine, strict=True)]
+            lows = [arith.addf(old, error) for old, (_, error) in zip(low, sums, strict=True)]
+            for first, four in ((0, [x for x, _ in sums]), (len(numbers) // 4 * _STRIDE, lows)):
+                text = f"st.{space}.v4.f32 [$0+{first + offset}], {{$1, $2, $3, $4}};"
+                rg.asm(void, [address, *four], text, f"{kind},f,f,f,f,~{{memory}}", effects=True)
+
+    run(tile, ref, written)
+
+
+def joined_pair(tile, ref, written):
+    """A tile plus the double words that `keep_pair` wrote, rounded once to float32.
+
+    Args:
+      tile: as of `keep_pair`, like the others.
+      ref: its buffer.
+      written: whether anything is there.
+    """
+
+    @rg.inline(
+        arg_types=(rg.TILE, plgpu.RefType(), rg.SCALAR),
+        return_type=plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, rg.TILE),
+    )
+    def run(_, tile, ref, written):
+        numbers, found = rg.numbers(tile), []
+        for offset, (high, low) in _pairs(_own(ref), len(numbers), written):
+            mine = numbers[offset // _STRIDE * 4 :][:4]
+            for old, rest, new in zip(high, low, mine, strict=True):
+                total, error = rg.exact_sum(old, new)
+                found.append(arith.addf(total, arith.addf(rest, error)))
+        return rg.from_numbers(found, tile.shape, rg.TILE)
+
+    return run(tile, ref, written)
+
+
 def _rotate(word, bits):
     return arith.ori(arith.shli(word, rg.integer(bits)), arith.shrui(word, rg.integer(32 - bits)))
 

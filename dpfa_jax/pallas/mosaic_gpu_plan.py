@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax._typing import Spec
-from dpfa_jax.pallas.accumulators import GROUP_KEYS, RUN_GROUPS, SHORTEST_GROUP
+from dpfa_jax.pallas.accumulators import GROUP_KEYS, PAIRED_FROM, RUN_GROUPS, SHORTEST_GROUP
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, WARPGROUP, Matrix
 
 LOG2_E = math.log2(math.e)
@@ -249,6 +249,11 @@ class Plan:
         return self.joins and self.key_blocks > RUN_GROUPS * self.shape.flush
 
     @property
+    def paired(self) -> bool:
+        """Whether what the outer accumulator is emptied into is a double word."""
+        return self.regroups and self.keys >= PAIRED_FROM
+
+    @property
     def cap(self) -> float:
         """The public reference in the unit of the products of rows."""
         return min((self.spec.score_cap or 0.0) / self.spec.scale, 3e38)
@@ -431,7 +436,8 @@ def buffers(plan: Plan) -> dict:
     if plan.noisy and shape.noise == "global":
         found["noise"] = (plan.programs, shape.slots, shape.compute, ROWS * plan.value_width)
     if plan.regroups:
-        found["far"] = (plan.programs, shape.compute, ROWS * plan.value_width)
+        words = 1 + plan.paired
+        found["far"] = (plan.programs, shape.compute, words * ROWS * plan.value_width)
     if plan.row_noisy:
         rows = plan.row_ring * plan.served * ROWS
         found["row_noise"] = (plan.programs, shape.drawing, rows)

@@ -80,6 +80,14 @@ def real(number: float):
     return arith.constant(f32(), ir.FloatAttr.get(f32(), number))
 
 
+def exact_sum(a, b):
+    """The rounded sum of two float32 values and its exact error (Knuth)."""
+    total = arith.addf(a, b)
+    other = arith.subf(total, a)
+    left = arith.subf(a, arith.subf(total, other))
+    return total, arith.addf(left, arith.subf(b, other))
+
+
 def asm(result, operands, text, constraints, *, effects=False):
     """Inline PTX; with `effects` it is neither moved past others nor dropped."""
     return llvm.inline_asm(result, operands, text, constraints, has_side_effects=effects)
