@@ -1,0 +1,127 @@
+"""Which statement does this file keep true? The third sums of long memories are double words.
+
+What the kernels emit for one thread is executed here, one operation at a time in float32, with the
+texts of its loads and stores; tests marked `gpu` in test_mosaic_gpu.py run the whole kernel.
+"""
+
+import re
+import types
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from dpfa_jax.pallas import accumulators, mosaic_gpu_noise
+from dpfa_jax.pallas import mosaic_gpu_registers as rg
+
+WIDTH = 64
+COUNT = WIDTH // 2  # numbers of one thread
+
+
+class _Tile(list):
+    shape = (rg.ROWS, WIDTH)
+
+
+class _Memory:
+    """One thread's view of the buffer: NaN wherever nothing was written."""
+
+    def __init__(self):
+        self.words = {}
+
+    def access(self, text, operands):
+        at = re.search(r"\[\$\d\+(\d+)\]", text)
+        assert at is not None and int(at[1]) % 16 == 0
+        places = [int(at[1]) + 4 * i for i in range(4)]
+        if text.startswith("st.global.v4.f32 [$0+"):
+            assert operands[0] is self and text.endswith("], {$1, $2, $3, $4};")
+            self.words |= dict(zip(places, operands[1:], strict=True))
+            return None
+        assert text.startswith("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4+")
+        assert operands == [self]
+        return [self.words.get(place, np.float32(np.nan)) for place in places]
+
+
+def _operations(monkeypatch):
+    """The builders of both modules, as functions of numbers."""
+    arith = types.SimpleNamespace(
+        addf=lambda a, b: np.float32(a + b),
+        subf=lambda a, b: np.float32(a - b),
+        select=lambda which, a, b: a if which else b,
+    )
+    llvm = types.SimpleNamespace(
+        StructType=types.SimpleNamespace(get_literal=lambda kinds: None),
+        extractvalue=lambda kind, found, place: found[place[0]],
+    )
+    ir = types.SimpleNamespace(Type=types.SimpleNamespace(parse=lambda text: None))
+    for name, value in {
+        "inline": lambda **_: lambda body: lambda *given: body(None, *given),
+        "numbers": list,
+        "from_numbers": lambda found, shape, layout: _Tile(found),
+        "scalar": lambda value: value,
+        "real": np.float32,
+        "f32": lambda: None,
+        "asm": lambda kind, given, text, *_, **__: given[0].access(text, given),
+        "arith": arith,
+    }.items():
+        monkeypatch.setattr(rg, name, value)
+    for name, value in {"arith": arith, "llvm": llvm, "ir": ir}.items():
+        monkeypatch.setattr(mosaic_gpu_noise, name, value)
+    monkeypatch.setattr(mosaic_gpu_noise, "_own", lambda memory: ("global", memory, "l"))
+
+
+def _joined(runs, last):
+    """What a thread has after so many runs, and what its pairs hold."""
+    memory = _Memory()
+    for number, run in enumerate(runs):
+        mosaic_gpu_noise.keep_pair(_Tile(run), memory, number > 0)
+    found = mosaic_gpu_noise.joined_pair(_Tile(last), memory, len(runs) > 0)
+    return np.array(found, np.float32), memory
+
+
+def _exact(runs, last):
+    every = [*runs, last]
+    return [sum(Fraction(float(tile[i])) for tile in every) for i in range(COUNT)]
+
+
+@pytest.mark.parametrize("runs", (0, 1, 2, 5, 18))
+def test_pairs_are_rounded_once(monkeypatch, runs):
+    _operations(monkeypatch)
+    draw = np.random.default_rng(runs)
+    sizes = 2.0 ** draw.integers(-12, 13, (runs + 1, COUNT))
+    *tiles, last = (draw.standard_normal((runs + 1, COUNT)) * sizes).astype(np.float32)
+    found, memory = _joined(tiles, last)
+    largest = np.abs([*tiles, last]).sum(axis=0)
+    for mine, wanted, mass in zip(found, _exact(tiles, last), largest, strict=True):
+        # Half a unit in the last place of the sum itself, and 2⁻⁴⁸ of all magnitudes (F4).
+        error = abs(Fraction(float(mine)) - wanted)
+        low = Fraction(2) ** -48 * (runs + 1) * (runs + 2) * Fraction(float(mass)) / 2
+        assert error <= Fraction(2) ** -24 * abs(wanted) + low
+    # Each thread's words: four of each 16 bytes of 128 threads, all high ones before the low ones.
+    bytes_each = 4 * rg.ROWS * WIDTH
+    starts = range(0, bytes_each, 16 * rg.WARPGROUP)
+    assert len(starts) * 4 == COUNT
+    every = {start + 4 * i for start in starts for i in range(4)}
+    wanted = every | {bytes_each + place for place in every} if runs else set()
+    assert set(memory.words) == wanted
+
+
+def test_pairs_lose_nothing_beside_sums_that_cancel(monkeypatch):
+    _operations(monkeypatch)
+    big, one = np.full(COUNT, 2.0**26, np.float32), np.ones(COUNT, np.float32)
+    found, _ = _joined([-big, one, one, one, one], big)
+    np.testing.assert_array_equal(found, 4.0)
+    # One word loses all of them.
+    total = -big
+    for tile in (one, one, one, one, big):
+        total = total + tile
+    np.testing.assert_array_equal(total, 0.0)
+
+
+def test_the_charge_covers_one_rounding_of_all_rows():
+    for keys in (accumulators.PAIRED_FROM, accumulators.LONGEST):
+        runs = -(-keys // (accumulators.RUN_GROUPS * accumulators.SHORTEST_GROUP))
+        groups = (accumulators.RUN_GROUPS + 2) * (accumulators.RUN_GROUPS + 3) / 2 - 1
+        inside = 11 * 2.0**-23 * 16 * sum(range(1, 33))
+        within = inside + 2.0**-23 * accumulators.GROUP_KEYS * groups
+        pairs = 2.0**-23 * keys * (1 + 2.0**-24 * (runs + 1) * (runs + 2) / 2)
+        assert within + pairs <= accumulators.sums_rounding(keys) <= 1.011 * (within + pairs)
