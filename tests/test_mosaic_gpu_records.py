@@ -59,12 +59,20 @@ def _float64_weights(key, value, bound):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("keys", (False, True))
 @pytest.mark.parametrize("spoilt", (False, True))
 @pytest.mark.parametrize("name", CASES)
-def test_record_weights_are_the_definition_in_float64(name, spoilt):
+def test_record_weights_are_the_definition_in_float64(name, spoilt, keys):
     key, value, bound = _rows(name, spoilt=spoilt)
     assert mosaic_gpu_records._takes((key, value), bound)
-    found, flags = mosaic_gpu_records.record_log_weights(key, value, bound)
+    if keys:
+        found, flags = mosaic_gpu_records.record_log_weights(key, value, bound)
+    else:
+        # As if every key were finite.
+        key = jnp.nan_to_num(key, posinf=0, neginf=0)
+        known = mosaic_gpu_records.value_log_weights(value, bound)
+        assert known is not None
+        found, flags = known
     wanted, null = _float64_weights(key, value, bound)
     assert np.array_equal(np.isneginf(found), np.broadcast_to(null[..., None], found.shape))
     assert np.array_equal(np.any(flags != 0, axis=1), null.any(axis=1))
@@ -152,11 +160,13 @@ def test_what_the_kernel_does_not_take_is_triton(changes):
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
     assert mosaic_gpu_records.narrow_records(rows, rows, given["bound"])[2] is None
+    assert mosaic_gpu_records.value_log_weights(rows, given["bound"]) is None
 
 
 def test_every_row_is_in_one_block():
     for heads, width in itertools.product((1, 3, 7, 12, 16, 40, 128), (8, 64, 80, 128, 256)):
-        plan = mosaic_gpu_records._Plan(1000, heads, (width, width), "bf16", 1.0)
+        widths = (width,) * (1 + heads % 2)
+        plan = mosaic_gpu_records._Plan(1000, heads, widths, "bf16", 1.0)
         # Whole turns of the warpgroup, so that no turn reads rows of two blocks.
         assert plan.records * heads % plan.together == 0
         assert plan.blocks * plan.records >= 1000 > (plan.blocks - 1) * plan.records

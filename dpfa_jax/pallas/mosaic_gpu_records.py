@@ -29,8 +29,8 @@ _SMALLEST_BOUND = 2.0**-40
 _DOWN = -100
 """Power of 2 that brings the squares of all numbers of 16 bits below ∞."""
 
-_FETCHES = 8
-"""Parts of 16 bytes of rows that each lane fetches at once."""
+_PASSES = 8
+"""Records that each lane fetches at once, a part of 16 bytes of each row."""
 
 _LANES = 32
 
@@ -130,14 +130,9 @@ class _Plan:
         return 1 << (max(self.widths) // 8 - 1).bit_length()
 
     @property
-    def passes(self) -> int:
-        """Rows that each lane fetches a part of at once."""
-        return _FETCHES // len(self.widths)
-
-    @property
     def together(self) -> int:
         """Rows that a warpgroup fetches at once."""
-        return self.passes * rg.WARPGROUP // self.share
+        return _PASSES * rg.WARPGROUP // self.share
 
     @property
     def records(self) -> int:
@@ -215,7 +210,7 @@ def _kernel(plan: _Plan, *refs):
         thread = rg.thread()
         warp, lane = arith.shrui(thread, rg.integer(5)), arith.andi(thread, rg.integer(_LANES - 1))
         part = arith.andi(lane, rg.integer(share - 1))
-        first = arith.muli(warp, rg.integer(plan.passes * at_once))
+        first = arith.muli(warp, rg.integer(_PASSES * at_once))
         first = arith.addi(first, arith.shrui(lane, rg.integer(share.bit_length() - 1)))
 
         def each(count: int, body):
@@ -245,7 +240,7 @@ def _kernel(plan: _Plan, *refs):
         def turns(turn, carry):
             moved = arith.addi(arith.muli(turn, rg.integer(plan.together)), first)
             fetched = []
-            for number in range(plan.passes):
+            for number in range(_PASSES):
                 mine = arith.addi(moved, rg.integer(number * at_once))
                 local, words = arith.addi(begin, mine), []
                 there = arith.cmpi(less, local, rg.integer(rows))
@@ -257,9 +252,8 @@ def _kernel(plan: _Plan, *refs):
                     words.append(_four_words(_address(ref, place, 16), inside))
                 fetched.append((mine, local, there, words))
             for mine, local, there, words in fetched:
-                square = _squares(words[-1], plan.half)
-                for row in words[:-1]:
-                    square = arith.addf(square, _nothing(row, plan.half))
+                nothings = [_nothing(row, plan.half) for row in words[:-1]]
+                square = functools.reduce(arith.addf, nothings, _squares(words[-1], plan.half))
                 square = _over_row(plan, square)
                 usual = arith.cmpf(arith.CmpFPredicate.OLT, square, rg.real(math.inf))
                 text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.all.pred p, p, 0xffffffff;"
