@@ -69,6 +69,13 @@ def test_more_registers_than_there_are_are_refused(registers, drawing, noise):
         mosaic_gpu.forward(_operands(), _spec(noise), shape=shape)
 
 
+def test_keys_are_not_judged_where_the_next_ones_take_their_place_first():
+    shape = mosaic_gpu.Shape(stages=1)
+    operands = _operands(flags=jnp.zeros((2, 1), jnp.int32))
+    with pytest.raises(ValueError, match="pass stages=2"):
+        mosaic_gpu.forward(operands, _spec({**NOISY, "judge_keys": True}), shape=shape)
+
+
 @pytest.mark.parametrize(
     ("width", "keys", "drawing"), [(80, 300, 2), (80, 700, 1), (64, 300, 1), (96, 300, 1)]
 )

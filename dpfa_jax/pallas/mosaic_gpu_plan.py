@@ -127,6 +127,11 @@ class Plan:
                 f"Expected drawing to divide the {self.shape.compute} computing warpgroups, got "
                 f"{self.shape.drawing}; pass 1."
             )
+        if self.judges and self.shape.stages < 2:
+            raise ValueError(
+                f"Expected at least two stages where keys are judged, got {self.shape.stages}, of "
+                "which one would be copied over before it is looked at; pass stages=2."
+            )
         kinds = (self.shape.compute, 1, self.shape.drawing * self.noisy)
         taken = sum(kind * each for kind, each in zip(kinds, self.shape.registers, strict=True))
         # Threads start with equal shares; one that waits for more than is left waits for ever.
