@@ -127,6 +127,7 @@ def test_supports_refuses_where_it_is_not_compiled():
     [
         ({"dtype": "float32"}, "bfloat16"),
         ({"keys": 131080, "queries": 8}, "131072"),
+        ({"keys": 32776, "queries": 8}, "32768 keys were not yet compared"),
         ({"keys": 700, "width": 192}, "wider"),
         ({"mask": jnp.ones((2, 4, 200, 300), bool)}, "masks by query"),
     ],
