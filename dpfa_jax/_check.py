@@ -99,9 +99,9 @@ def noise_std(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 2.0**-100 <= number <= 2.0**100:
         raise ValueError(
-            f"Expected {name} > 0 and finite, between 2**-100 and 2**100 so that float32 holds the "
-            f"noise, got {number}. Scale the values and their bound by the same factor, or pass "
-            "another noise multiplier."
+            f"Expected {name} between 2**-100 and 2**100, so that float32 holds the noise, got "
+            f"{number}. Scale the values and their bound by the same factor, or pass another noise "
+            "multiplier."
         )
     return number
 

@@ -227,7 +227,8 @@ def private_attention(
       own (a zero row under SequenceRelease, where queries may be private).
 
     Raises:
-      TypeError, ValueError: for arguments that do not fit, saying what to pass.
+      TypeError, ValueError: for arguments that do not fit, saying what to pass; ValueError for a
+        bound and noise multiplier whose noise float32 does not hold.
       NotImplementedError: if a named backend cannot do the call.
 
     Guarantee: `mechanism.guarantee(query.shape, key.shape, value.shape)`; S1, S2, S3, S5 and S7

@@ -160,7 +160,7 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper float8 causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper float8 causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 56,
     ("D128 hopper float8 causal", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 12,
-    # Of the double word, once in 7680 keys.
+    # Outside of the loops of products, which have no detours.
     ("memory D128 T65536", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 168,
     ("memory D128 T65536, gradients", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 168,
     # Of the branch for rows that are not finite.

@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+import dpfa_jax
 from dpfa_jax._typing import Operands, Spec
 
 NOISY = {
@@ -79,6 +80,40 @@ CASES = {
     "float8 scores, plain": ({}, {"score_cap": None, "float8_scores": True}),
     "no denominator": ({}, {**NOISY, "denominator_std": math.inf, "floor": 50.0}),
 }
+
+
+_SUMS = {"noise_multiplier": 0.1, "value_bound": 5.0, "score_cap": 2.0}
+MECHANISMS = {
+    "without privacy": dpfa_jax.NonPrivate(),
+    "S7 row": dpfa_jax.SequenceRelease(0.1, clip_norm=1.0, clip="row"),
+    "S7": dpfa_jax.SequenceRelease(0.1, clip_norm=1.0, clip="sequence"),
+    "S2": dpfa_jax.IndependentNoise(**_SUMS),
+    "S2 REPLACE_ONE": dpfa_jax.IndependentNoise(**_SUMS, adjacency=dpfa_jax.REPLACE_ONE),
+    "S3": dpfa_jax.ClippedContributions(**_SUMS, clip_norm=2.0),
+    "S3 REPLACE_ONE": dpfa_jax.ClippedContributions(
+        **_SUMS, clip_norm=2.0, adjacency=dpfa_jax.REPLACE_ONE
+    ),
+}
+
+
+def private_call(mechanism, backend="mosaic_gpu", **options):
+    """`private_attention` as a function of rows, the key's words and perhaps log-weights."""
+
+    def call(query, key, value, words, weights=None):
+        rng = dpfa_jax.random.wrap_key_data(words)
+        return dpfa_jax.private_attention(
+            query,
+            key,
+            value,
+            mechanism=mechanism,
+            rng=None if isinstance(mechanism, dpfa_jax.NonPrivate) else rng,
+            queries="public",
+            key_log_weights=weights,
+            backend=backend,
+            **options,
+        )
+
+    return call
 
 
 def make_spec(changes):

@@ -15,7 +15,7 @@ import pytest
 import dpfa_jax
 from dpfa_jax import _primitives, admission, float8, reference
 from dpfa_jax.pallas import accumulators, mosaic_gpu, mosaic_gpu_gradients
-from tests._mosaic_gpu_common import CASES, KEY, NOISY
+from tests._mosaic_gpu_common import CASES, KEY, MECHANISMS, NOISY, private_call
 from tests._mosaic_gpu_common import make_operands as _operands
 from tests._mosaic_gpu_common import make_spec as _spec
 from tests._mosaic_gpu_common import relative as _relative
@@ -287,43 +287,13 @@ def test_sums_of_long_memories_lose_nothing_between_runs(width, keys):
     np.testing.assert_allclose(out, 4.0 * lost, atol=0.05)
 
 
-_SUMS = {"noise_multiplier": 1.0, "value_bound": 3.0, "score_cap": 2.0}
-MECHANISMS = {
-    "without privacy": dpfa_jax.NonPrivate(),
-    "sequence, by row": dpfa_jax.SequenceRelease(1.0, clip_norm=1.0, clip="row"),
-    "sequence": dpfa_jax.SequenceRelease(1.0, clip_norm=1.0, clip="sequence"),
-}
-for _adjacency in (dpfa_jax.ZERO_OUT, dpfa_jax.REPLACE_ONE):
-    _more = {**_SUMS, "adjacency": _adjacency}
-    MECHANISMS[f"S2 {_adjacency.kind}"] = dpfa_jax.IndependentNoise(**_more)
-    MECHANISMS[f"S3 {_adjacency.kind}"] = dpfa_jax.ClippedContributions(clip_norm=2.0, **_more)
-
-
-def _private_call(name, backend, precision=None):
-    mechanism = MECHANISMS[name]
-
-    def call(query, key, value, words):
-        return dpfa_jax.private_attention(
-            query,
-            key,
-            value,
-            mechanism=mechanism,
-            rng=None if name == "without privacy" else dpfa_jax.random.wrap_key_data(words),
-            queries="public",
-            precision=precision,
-            backend=backend,
-        )
-
-    return call
-
-
 @pytest.mark.parametrize("precision", (None, "fp8"))
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_calls_of_every_mechanism_lower_with_their_gradients(name, dtype, precision, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "_has_hopper", lambda: True)
     monkeypatch.setattr(mosaic_gpu_gradients, "faster", lambda *lengths: True)
-    call, operands = _private_call(name, "mosaic_gpu", precision), _operands(dtype=dtype)
+    call, operands = private_call(MECHANISMS[name], precision=precision), _operands(dtype=dtype)
 
     def loss(*given):
         return jnp.sum(call(*given, jnp.asarray(KEY)).astype(jnp.float32))
@@ -340,7 +310,7 @@ def test_calls_of_every_mechanism_are_those_of_the_definition(name, dtype):
     query, key, value, *_ = _operands(dtype=dtype)
     words = jnp.asarray(KEY)
     found, wanted = (
-        jax.jit(_private_call(name, backend))(query, key, value, words)
+        jax.jit(private_call(MECHANISMS[name], backend=backend))(query, key, value, words)
         for backend in ("mosaic_gpu", "xla")
     )
     assert _relative(found, wanted) < 0.02

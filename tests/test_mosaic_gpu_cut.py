@@ -69,10 +69,11 @@ def test_more_registers_than_there_are_are_refused(registers, drawing, noise):
         mosaic_gpu.forward(_operands(), _spec(noise), shape=shape)
 
 
-def test_keys_are_not_judged_where_the_next_ones_take_their_place_first():
-    shape = mosaic_gpu.Shape(stages=1)
+@pytest.mark.parametrize("changes", ({"stages": 1}, {"block_k": 160, "flush": 3}))
+def test_keys_that_no_thread_would_look_at_are_not_judged(changes):
+    shape = mosaic_gpu.Shape(**changes)
     operands = _operands(flags=jnp.zeros((2, 1), jnp.int32))
-    with pytest.raises(ValueError, match="pass stages=2"):
+    with pytest.raises(ValueError, match="Pass stages=2 and a block_k of 128"):
         mosaic_gpu.forward(operands, _spec({**NOISY, "judge_keys": True}), shape=shape)
 
 

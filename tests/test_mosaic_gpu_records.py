@@ -19,6 +19,7 @@ from dpfa_jax.pallas import (
     mosaic_gpu_records,
     triton_records,
 )
+from tests import _mosaic_gpu_common as forwards
 
 CASES = {
     "heads that divide a block": (2, 300, 16, 128, 128, "bfloat16", 9.0),
@@ -204,22 +205,8 @@ def test_lowers_under_shard_map_scan_and_grad():
 
 def _call(precision):
     noise = dpfa_jax.IndependentNoise(1.0, value_bound=3.0, score_cap=2.0)
-
-    def call(query, key, value, data):
-        out = dpfa_jax.private_attention(
-            query,
-            key,
-            value,
-            mechanism=noise,
-            rng=dpfa_jax.random.wrap_key_data(data),
-            queries="public",
-            is_causal=True,
-            precision=precision,
-            backend="mosaic_gpu",
-        )
-        return jnp.sum(out.astype(jnp.float32))
-
-    return call
+    call = forwards.private_call(noise, is_causal=True, precision=precision)
+    return lambda *given: jnp.sum(call(*given).astype(jnp.float32))
 
 
 @pytest.mark.parametrize("precision", (None, "fp8"))

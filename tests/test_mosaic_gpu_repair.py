@@ -15,7 +15,6 @@ import pytest
 from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-import dpfa_jax
 from dpfa_jax.clipping._batch import inner_jaxprs
 from dpfa_jax.pallas import mosaic_gpu, mosaic_gpu_gradients, mosaic_gpu_rows, triton
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, Matrix
@@ -212,16 +211,6 @@ JUDGED = ("plain", "causal", "several groups", "float16", "rows", "width 80", "w
 JUDGED += ("segments and window", "lengths", "no denominator")
 
 
-MECHANISMS = {
-    "add or remove": dpfa_jax.IndependentNoise(0.1, value_bound=5.0, score_cap=2.0),
-    "replace": dpfa_jax.IndependentNoise(
-        0.1, value_bound=5.0, score_cap=2.0, adjacency=dpfa_jax.REPLACE_ONE
-    ),
-    "sequence": dpfa_jax.SequenceRelease(0.1, clip_norm=1.0, clip="row"),
-    "without privacy": dpfa_jax.NonPrivate(),
-}
-
-
 def _judged(name, **more):
     """A call that knows of no record that is not finite, a key that is not, and the same zeroed."""
     shapes, changes = forwards.CASES[name]
@@ -319,28 +308,14 @@ def test_gradients_of_a_call_whose_keys_are_judged(name, bad, deterministic):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", (None, "fp8"))
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("name", forwards.MECHANISMS)
 def test_a_record_with_a_key_that_is_not_finite_is_one_that_is_not_there(name, precision):
     query, key, value, *_ = forwards.make_operands(width=128)
     words = jnp.asarray(forwards.KEY)
+    answer = jax.jit(forwards.private_call(forwards.MECHANISMS[name], precision=precision))
 
-    @jax.jit
-    def answer(words, key, value, weights):
-        rng = dpfa_jax.random.wrap_key_data(words)
-        return dpfa_jax.private_attention(
-            query,
-            key,
-            value,
-            mechanism=MECHANISMS[name],
-            rng=None if name == "without privacy" else rng,
-            queries="public",
-            key_log_weights=weights,
-            precision=precision,
-            backend="mosaic_gpu",
-        )
-
-    def run(*rows):
-        return np.asarray(answer(words, *rows), np.float32)
+    def run(key, value, weights):
+        return np.asarray(answer(query, key, value, words, weights), np.float32)
 
     there, places = jnp.zeros((2, 300)), ((0, 7), (0, 290), (1, 128))
     every = run(key, value, there)

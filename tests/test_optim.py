@@ -64,6 +64,12 @@ def test_privatize_adds_the_noise_of_its_multiplier(sampler, clip_norm, std):
     assert np.all(noise / grid == np.round(noise / grid)), "off the public grid"
 
 
+@pytest.mark.parametrize("clip_norm", (1e-45, 3e-38, 1e-31))
+def test_noise_of_a_traced_clip_norm_never_vanishes(clip_norm):
+    noise, _ = _noise(private(2.0), jnp.float32(clip_norm))
+    assert _has_std(noise, 2.0**-100)
+
+
 def test_noise_is_never_rounded_below_what_is_charged():
     source = np.random.default_rng(0)
     numbers = 10.0 ** source.uniform(-9, 9, 100)

@@ -373,7 +373,10 @@ def add_noise(
 
 
 def _noise_scale(noise_std: Any) -> tuple[Any, Any]:
-    """The standard deviation in float32, never below the one charged, and the grid."""
+    """The standard deviation in float32, never below the one charged, and the grid.
+
+    A traced one that float32 does not hold cannot be refused: there is more noise then.
+    """
     if not isinstance(noise_std, jax.Array):
         if noise_std == 0.0:
             return None, None
@@ -382,6 +385,8 @@ def _noise_scale(noise_std: Any) -> tuple[Any, Any]:
             std = np.nextafter(std, np.float32(np.inf))
         return jnp.float32(std), grid_step(float(std))
     std = noise_std.astype(jnp.float32) * (1.0 + 2.0**-22)
+    # A NaN stays one.
+    std = jnp.where(std < 2.0**-100, jnp.float32(2.0**-100), std)
     _, exponent = jnp.frexp(std)
     return std, jnp.ldexp(jnp.float32(1.0), exponent - 1 - _GRID_BITS)
 

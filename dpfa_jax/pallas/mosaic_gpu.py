@@ -204,7 +204,6 @@ def _plan(
         key_dtype=jnp.dtype(key.dtype),
         converts=converts,
         marks=spec.mark_queries and operands.flags is not None,
-        judges=spec.judge_keys and operands.flags is not None,
     )
     plan = dataclasses.replace(plan, programs=min(plan.programs, plan.tiles))
     inputs = {"query": query, "key": key, "value": value, "offsets": offsets}
@@ -309,7 +308,8 @@ def _forward(
     # bit for bit: both then get queries that were rounded once, outside.
     plan, inputs = _plan(operands, spec, shape, converts=operands.flags is not None)
     # Whoever repairs knows of the keys.
-    plan = dataclasses.replace(plan, repairs=repairs, judges=plan.judges and not repairs)
+    flags = operands.flags if spec.judge_keys and not repairs else None
+    plan = dataclasses.replace(plan, repairs=repairs, judges=flags is not None)
     if plan.noisy:
         inputs["noise_key"] = operands.noise_key
     if plan.scheduled:
@@ -324,8 +324,8 @@ def _forward(
         outputs["best"] = (rows, jnp.float32)
     if spec.noise == "rows":
         outputs["clean"] = outputs["out"]
-    if plan.judges:
-        inputs["flags"] = operands.flags.reshape(-1)
+    if flags is not None:
+        inputs["flags"] = flags.reshape(-1)
         outputs["bad_keys"] = ((plan.programs, 4), jnp.int32)
     outputs |= {name: (size, jnp.float32) for name, size in buffers(plan).items()}
     threads = shape.compute + 1 + plan.noisy * shape.drawing

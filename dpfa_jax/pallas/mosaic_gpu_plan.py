@@ -127,10 +127,12 @@ class Plan:
                 f"Expected drawing to divide the {self.shape.compute} computing warpgroups, got "
                 f"{self.shape.drawing}; pass 1."
             )
-        if self.judges and self.shape.stages < 2:
+        if self.judges and (self.shape.stages < 2 or self.shape.block_k > WARPGROUP):
             raise ValueError(
-                f"Expected at least two stages where keys are judged, got {self.shape.stages}, of "
-                "which one would be copied over before it is looked at; pass stages=2."
+                f"Expected two stages or more, of up to {WARPGROUP} keys, to judge keys, got "
+                f"stages={self.shape.stages} and block_k={self.shape.block_k}: some keys would be "
+                "copied over, or passed by, before a thread looks at them. Pass stages=2 and a "
+                f"block_k of {WARPGROUP}."
             )
         kinds = (self.shape.compute, 1, self.shape.drawing * self.noisy)
         taken = sum(kind * each for kind, each in zip(kinds, self.shape.registers, strict=True))
