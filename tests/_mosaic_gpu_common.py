@@ -21,7 +21,15 @@ KEY = np.arange(8, dtype=np.uint32) * 77777 + 5
 
 
 def make_operands(
-    *, queries=200, keys=300, heads=4, kv_heads=2, width=64, dtype="bfloat16", **more
+    *,
+    queries=200,
+    keys=300,
+    heads=4,
+    kv_heads=2,
+    width=64,
+    value_width=None,
+    dtype="bfloat16",
+    **more,
 ):
     draw = np.random.default_rng(0)
 
@@ -32,7 +40,7 @@ def make_operands(
     return Operands(
         normal(2, queries, heads, width),
         normal(2, keys, kv_heads, width),
-        normal(2, keys, kv_heads, width),
+        normal(2, keys, kv_heads, value_width or width),
         jnp.asarray(weights),
         noise_key=jnp.asarray(KEY),
         **more,
@@ -67,6 +75,19 @@ CASES = {
     "rows": ({}, ROWS),
     "width 80": ({"width": 80}, NOISY),
     "wide": ({"width": 256, "kv_heads": 4}, NOISY),
+    "wide, several groups": ({"keys": 1100, "width": 256}, {**NOISY, "noise_std": 1.0}),
+    "wide, several groups, causal": (
+        {"queries": 1300, "keys": 1300, "width": 192},
+        {**NOISY, "noise_std": 1.0, "is_causal": True},
+    ),
+    "wide, several runs": ({"queries": 100, "keys": 9000, "width": 144}, NOISY),
+    "wide, several runs in double words": (
+        {"queries": 70, "keys": 33000, "width": 256, "kv_heads": 4},
+        {**NOISY, "noise_std": 1.0, "floor": 1.0},
+    ),
+    "wide keys": ({"keys": 1100, "width": 192, "value_width": 128}, NOISY),
+    "wide, float8 scores": ({"keys": 1100, "width": 256}, {**NOISY, "float8_scores": True}),
+    "wide, plain": ({"width": 256}, {"score_cap": None}),
     "segments and window": (
         {"keys": 200, "query_segments": _segments(200), "key_segments": _segments(200)},
         {**NOISY, "window": (60, 30)},

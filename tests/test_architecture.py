@@ -27,7 +27,7 @@ LAYERS = (
     # layer 1, its packages from the inside out
     "sensitivity mechanisms auditing.bounds auditing.attacks clipping.rows clipping.partition"
     " clipping.packed accounting.event accounting.scope accounting.gdp accounting.rdp"
-    " pallas.tiling pallas.blocks pallas.mosaic_gpu_products",
+    " pallas.tiling pallas.blocks pallas.mosaic_gpu_products pallas.mosaic_gpu_kept",
     "lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_masks pallas.mosaic_gpu_noise"
     " pallas.mosaic_gpu_rows",
     "pallas.accumulators",

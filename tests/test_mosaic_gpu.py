@@ -127,8 +127,6 @@ def test_supports_refuses_where_it_is_not_compiled():
     [
         ({"dtype": "float32"}, "bfloat16"),
         ({"keys": 131080, "queries": 8}, "131072"),
-        ({"keys": 32776, "queries": 8}, "32768 keys were not yet compared"),
-        ({"keys": 700, "width": 192}, "wider"),
         ({"mask": jnp.ones((2, 4, 200, 300), bool)}, "masks by query"),
     ],
 )
@@ -267,7 +265,7 @@ def test_float8_scores_of_columns_are_those_of_forward():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("keys", (32768, 40000))
-@pytest.mark.parametrize("width", (64, 128))
+@pytest.mark.parametrize("width", (64, 128, 256))
 def test_sums_of_long_memories_lose_nothing_between_runs(width, keys):
     # One word would lose each 1 beside 2²⁶, and so it does in shorter memories.
     operands = _operands(queries=64, keys=keys, width=width)

@@ -224,7 +224,11 @@ def test_answers_are_the_same_bits_however_the_kernel_is_cut(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("programs", (1, 3))
 @pytest.mark.parametrize(
-    "name", ("several groups, causal", "several groups, narrow", "width 80", "rows", "wide")
+    "name",
+    [
+        *("several groups, causal", "several groups, narrow", "width 80", "rows", "wide"),
+        "wide, several groups, causal",
+    ],
 )
 def test_answers_are_the_same_bits_however_many_tiles_a_block_takes(name, programs, monkeypatch):
     shapes, changes = CASES[name]

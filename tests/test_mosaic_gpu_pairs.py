@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from dpfa_jax.pallas import mosaic_gpu_noise
+from dpfa_jax.pallas import mosaic_gpu_kept
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
 
 WIDTH = 64
@@ -32,6 +32,18 @@ class _Memory:
         at = re.search(r"\[\$\d\+(\d+)\]", text)
         assert at is not None and int(at[1]) % 16 == 0
         places = [int(at[1]) + 4 * i for i in range(4)]
+        if "red" in text:
+            # One of two instructions for the same four numbers.
+            four = f"[$0+{at[1]}], {{$1, $2, $3, $4}}; "
+            assert text == (
+                "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p red.relaxed.gpu.global.add.v4.f32 "
+                + f"{four}@!p st.relaxed.gpu.global.v4.f32 {four}}}"
+            )
+            _, *new, adds = operands
+            if adds:
+                new = [np.float32(self.words[place] + x) for place, x in zip(places, new)]
+            self.words |= dict(zip(places, new, strict=True))
+            return None
         if text.startswith("st.global.v4.f32 [$0+"):
             assert operands[0] is self and text.endswith("], {$1, $2, $3, $4};")
             self.words |= dict(zip(places, operands[1:], strict=True))
@@ -47,6 +59,7 @@ def _operations(monkeypatch):
         addf=lambda a, b: np.float32(a + b),
         subf=lambda a, b: np.float32(a - b),
         select=lambda which, a, b: a if which else b,
+        extui=lambda kind, which: int(which),
     )
     llvm = types.SimpleNamespace(
         StructType=types.SimpleNamespace(get_literal=lambda kinds: None),
@@ -60,21 +73,22 @@ def _operations(monkeypatch):
         "scalar": lambda value: value,
         "real": np.float32,
         "f32": lambda: None,
+        "i32": lambda: None,
         "asm": lambda kind, given, text, *_, **__: given[0].access(text, given),
         "arith": arith,
     }.items():
         monkeypatch.setattr(rg, name, value)
     for name, value in {"arith": arith, "llvm": llvm, "ir": ir}.items():
-        monkeypatch.setattr(mosaic_gpu_noise, name, value)
-    monkeypatch.setattr(mosaic_gpu_noise, "_own", lambda memory: ("global", memory, "l"))
+        monkeypatch.setattr(mosaic_gpu_kept, name, value)
+    monkeypatch.setattr(mosaic_gpu_kept, "own_place", lambda memory: ("global", memory, "l"))
 
 
 def _joined(runs, last):
     """What a thread has after so many runs, and what its pairs hold."""
     memory = _Memory()
     for number, run in enumerate(runs):
-        mosaic_gpu_noise.keep_pair(_Tile(run), memory, number > 0)
-    found = mosaic_gpu_noise.joined_pair(_Tile(last), memory, len(runs) > 0)
+        mosaic_gpu_kept.keep_pair(_Tile(run), memory, number > 0)
+    found = mosaic_gpu_kept.joined_pair(_Tile(last), memory, len(runs) > 0)
     return np.array(found, np.float32), memory
 
 
@@ -115,3 +129,27 @@ def test_pairs_lose_nothing_beside_sums_that_cancel(monkeypatch):
     for tile in (one, one, one, one, big):
         total = total + tile
     np.testing.assert_array_equal(total, 0.0)
+
+
+@pytest.mark.parametrize("paired", (False, True))
+@pytest.mark.parametrize("runs", (1, 2, 5))
+def test_sums_in_memory_are_those_of_registers(monkeypatch, runs, paired):
+    # Of rows too wide for two sums in registers: groups gathered in memory, then passed on.
+    _operations(monkeypatch)
+    draw = np.random.default_rng(runs)
+    sizes = 2.0 ** draw.integers(-12, 13, (runs, 3, COUNT))
+    groups = (draw.standard_normal((runs, 3, COUNT)) * sizes).astype(np.float32)
+    far, outer, wanted = _Memory(), _Memory(), _Memory()
+    for number, run in enumerate(groups):
+        for group, tile in enumerate(run):
+            mosaic_gpu_kept.gather(_Tile(tile), outer, group > 0)
+        options = {"width": WIDTH, "paired": paired}
+        mosaic_gpu_kept.pass_on(outer, far, number > 0, **options)
+        # As registers add, one group after another.
+        total = _Tile((run[0] + run[1]) + run[2])
+        if paired:
+            mosaic_gpu_kept.keep_pair(total, wanted, number > 0)
+        else:
+            joined = mosaic_gpu_kept.joined(total, wanted, number > 0)
+            mosaic_gpu_kept.keep(joined, wanted)
+    assert len(far.words) == (1 + paired) * COUNT and far.words == wanted.words

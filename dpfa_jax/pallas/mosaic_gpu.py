@@ -15,7 +15,7 @@ from dpfa_jax import _primitives, float8
 from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.pallas import mosaic_gpu_kernels as kernels
 from dpfa_jax.pallas import triton
-from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST, PAIRED_FROM
+from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
 from dpfa_jax.pallas.accumulators import rounding as rounding
 from dpfa_jax.pallas.mosaic_gpu_gradients import backward as backward
 from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratch
@@ -32,9 +32,6 @@ FLOAT8_SCORES = True
 """Rows of query and key are rounded to float8_e4m3fn here, where the call asks for it."""
 
 _FASTER_FROM = 256  # keys
-_COMPARED = PAIRED_FROM - 1
-"""Keys of the longest memories whose sums were compared with the definition on a GPU. Beyond, up to
-`LONGEST`, the operations on double words were only executed one by one, in a test."""
 
 _SHORT = 2048
 """Keys up to which causal rows are so short that balance matters more than the cache."""
@@ -64,13 +61,8 @@ def lacking(operands: Operands, spec: Spec) -> str | None:
         group = query.shape[2] // key.shape[2]
         if mask.shape[2] != 1 or (mask.shape[1] != 1 and group != 1):
             return f"masks by query have no kernel, got {mask.shape}"
-    width = max(query.shape[3], value.shape[3])
     if spec.score_cap is not None and key.shape[1] > LONGEST:
         return f"sums over more than {LONGEST} keys round by more than is charged"
-    if spec.score_cap is not None and key.shape[1] > _COMPARED:
-        return f"sums over more than {_COMPARED} keys were not yet compared on a GPU"
-    if spec.score_cap is not None and width > 128 and key.shape[1] > GROUP_KEYS:
-        return f"rows wider than 128 leave no room for the sums of {key.shape[1]} keys"
     return None
 
 
@@ -147,7 +139,8 @@ def cut(operands: Operands, spec: Spec) -> Shape:
         return dataclasses.replace(shape, **changes)
 
     if width > 128:
-        return but(block_k=64, compute=1, flush=8, early=32, registers=(240, 24, 72), turns=False)
+        registers = (240, 24, 24) if spec.noise == "none" else (224, 24, 40)
+        return but(block_k=64, flush=8, slots=1, registers=registers, turns=False)
     if spec.noise == "none":
         return but(registers=(240, 24, 24))
     if width <= 64 and masked:

@@ -263,6 +263,29 @@ def write_column_sums(tile, ref):
     run(tile, ref)
 
 
+def pieces(tile, width: int):
+    """The tile's columns, so many at a time: what a thread holds is only given new names.
+
+    Args:
+      tile: (64, a multiple of width) float32, as the matrix unit leaves it.
+      width: columns of a piece, a multiple of 8.
+    """
+    columns = tile.shape[1]
+    if columns == width:
+        return (tile,)
+    shapes = (plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.PACKED),) * (columns // width)
+
+    @rg.inline(arg_types=(rg.PACKED,), return_type=shapes)
+    def run(_, tile):
+        numbers, each = rg.numbers(tile), ROWS * width // rg.WARPGROUP
+        return tuple(
+            rg.from_numbers(numbers[first : first + each], (ROWS, width), rg.PACKED)
+            for first in range(0, len(numbers), each)
+        )
+
+    return run(tile)
+
+
 def row_sums(high, low):
     """Double words over each row's four threads added up: two (64,) float32, in all four."""
     kind = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, rg.ROW)

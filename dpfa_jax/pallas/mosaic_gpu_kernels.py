@@ -17,6 +17,7 @@ from dpfa_jax.doubleword import add_word
 from dpfa_jax.pallas import mosaic_gpu_answers as answers
 from dpfa_jax.pallas import mosaic_gpu_blocks as blocks
 from dpfa_jax.pallas import mosaic_gpu_copies as copies
+from dpfa_jax.pallas import mosaic_gpu_kept as kept
 from dpfa_jax.pallas import mosaic_gpu_masks as masks
 from dpfa_jax.pallas import mosaic_gpu_noise as noise_blocks
 from dpfa_jax.pallas import mosaic_gpu_products as products
@@ -215,7 +216,11 @@ def _sums(plan: Plan, refs, wg, place, step):
         first = lax.rem(i, jnp.int32(flush)) if plan.joins else i
         return (first > 0).astype(jnp.int32)
 
-    outer = _zeros(ROWS, plan.value_width) if plan.joins else None
+    outer = outside = None
+    if plan.outside:
+        outside = refs["outer"].at[lax.axis_index("program"), wg]
+    elif plan.joins:
+        outer = _zeros(ROWS, plan.value_width)
     far = refs["far"].at[lax.axis_index("program"), wg] if plan.regroups else None
     mass = (mass, none, none) if plan.joins else (mass,)
     carry = (rounded, products.unset(plan.value_width), outer, mass, best)
@@ -232,7 +237,14 @@ def _sums(plan: Plan, refs, wg, place, step):
             rounded, total, outer, (part, high, low), best = carry
             mass = (none, *add_word(high, low, part))
             # The accumulator is only read: one that a thread writes holds up the matrix unit.
-            return rounded, total, outer + total, mass, best
+            if outside is None:
+                return rounded, total, outer + total, mass, best
+            kept.gather(total, outside, in_run(g) > 0)
+            return rounded, total, outer, mass, best
+
+        def in_run(g):
+            """How many groups the outer sum holds once so many have ended."""
+            return lax.rem(g, jnp.int32(RUN_GROUPS)) if plan.regroups else g
 
         whole = lax.div(count - 1, jnp.int32(flush))
         if plan.regroups:
@@ -240,10 +252,13 @@ def _sums(plan: Plan, refs, wg, place, step):
             def run(number, carry):
                 start = number * RUN_GROUPS
                 carry = lax.fori_loop(start, start + RUN_GROUPS, group, carry)
-                if plan.paired:
-                    noise_blocks.keep_pair(carry[2], far, number > 0)
+                if outside is not None:
+                    options = {"width": plan.value_width, "paired": plan.paired}
+                    kept.pass_on(outside, far, number > 0, **options)
+                elif plan.paired:
+                    kept.keep_pair(carry[2], far, number > 0)
                 else:
-                    noise_blocks.keep(noise_blocks.joined(carry[2], far, number > 0), far)
+                    kept.keep(kept.joined(carry[2], far, number > 0), far)
                 return (*carry[:2], outer, *carry[3:])
 
             runs = lax.div(whole, jnp.int32(RUN_GROUPS))
@@ -262,9 +277,12 @@ def _sums(plan: Plan, refs, wg, place, step):
     arrive("q_empty", wg)
     arrive("v_empty", slot)
     if plan.joins:
-        total = outer + total
+        if outside is None:
+            total = outer + total
+        else:
+            total = kept.joined(total, outside, in_run(whole) > 0)
         if plan.regroups:
-            join = noise_blocks.joined_pair if plan.paired else noise_blocks.joined
+            join = kept.joined_pair if plan.paired else kept.joined
             total = join(total, far, done > 0)
         mass = add_word(mass[1], mass[2], mass[0])
     else:
@@ -301,11 +319,13 @@ def _compute_loop(plan: Plan, refs, wg):
         rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
 
         def write(name, array):
-            # No thread writes over what another has still to read.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            staging[wg] = array.astype(plan.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staging.at[wg], refs[name].at[batch, rows, head])
+            for number, part in enumerate(blocks.pieces(array, plan.piece)):
+                # No thread writes over what another has still to read.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                staging[wg] = part.astype(plan.dtype)
+                plgpu.commit_smem()
+                columns = pl.ds(number * plan.piece, plan.piece)
+                plgpu.copy_smem_to_gmem(staging.at[wg], refs[name].at[batch, rows, head, columns])
 
         write("out", answer)
         if "clean" in refs:

@@ -17,141 +17,10 @@ from dpfa_jax import random
 from dpfa_jax.doubleword import grid_step
 from dpfa_jax.pallas import mosaic_gpu_registers as rg
 from dpfa_jax.pallas import ptx
+from dpfa_jax.pallas.mosaic_gpu_kept import STRIDE, load_four, own_place, store_four
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
 
 _MATRIX, _ROWS_DOMAIN = 1, 2
-
-
-def _own(ref):
-    """PTX name of the memory, address and constraint of this thread's first four numbers."""
-    i64 = ir.IntegerType.get_signless(64)
-    base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
-    address = arith.addi(base, arith.extui(i64, arith.muli(rg.thread(), rg.integer(16))))
-    if mgpu.utils.is_smem_ref(ref):
-        return "shared", arith.trunci(rg.i32(), address), "r"
-    return "global", address, "l"
-
-
-_STRIDE = 16 * rg.WARPGROUP
-
-
-def keep(tile, ref):
-    """Writes a tile (64, width) to a warpgroup's buffer, each thread its own numbers.
-
-    The same thread reads them again by `joined`.
-
-    Args:
-      tile: float32.
-      ref: (64·width,) float32, in shared or global memory.
-    """
-
-    @rg.inline(arg_types=(rg.TILE, plgpu.RefType()))
-    def run(_, tile, ref):
-        space, address, kind = _own(ref)
-        numbers = rg.numbers(tile)
-        void = ir.Type.parse("!llvm.void")
-        for index in range(0, len(numbers), 4):
-            text = f"st.{space}.v4.f32 [$0+{index // 4 * _STRIDE}], {{$1, $2, $3, $4}};"
-            four = numbers[index : index + 4]
-            rg.asm(void, [address, *four], text, f"{kind},f,f,f,f,~{{memory}}", effects=True)
-
-    run(tile, ref)
-
-
-def _load_four(space: str, address, kind: str, offset: int):
-    struct = llvm.StructType.get_literal([rg.f32()] * 4)
-    order = ".relaxed.gpu" if space == "global" else ""
-    text = f"ld{order}.{space}.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];"
-    found = rg.asm(struct, [address], text, f"=f,=f,=f,=f,{kind},~{{memory}}", effects=True)
-    return [llvm.extractvalue(rg.f32(), found, [i]) for i in range(4)]
-
-
-def joined(tile, ref, written):
-    """A tile plus what `keep` wrote, or the tile alone while nothing is.
-
-    Args:
-      tile: (64, width) float32.
-      ref: as of `keep`.
-      written: boolean scalar, the same in all threads.
-    """
-
-    @rg.inline(
-        arg_types=(rg.TILE, plgpu.RefType(), rg.SCALAR),
-        return_type=plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, rg.TILE),
-    )
-    def run(_, tile, ref, written):
-        place, numbers = _own(ref), rg.numbers(tile)
-        found = []
-        for first in range(0, len(numbers), 4):
-            four = _load_four(*place, first // 4 * _STRIDE)
-            for new, old in zip(numbers[first : first + 4], four, strict=True):
-                # What was never written may be NaN.
-                old = arith.select(rg.scalar(written), old, rg.real(0.0))
-                found.append(arith.addf(new, old))
-        return rg.from_numbers(found, tile.shape, rg.TILE)
-
-    return run(tile, ref, written)
-
-
-def _pairs(place: tuple[str, Any, str], count: int, written):
-    """High and low words that `keep_pair` wrote, four of each at a time; zeros while nothing is."""
-    low = count // 4 * _STRIDE
-    for offset in range(0, low, _STRIDE):
-        words = [_load_four(*place, offset + first) for first in (0, low)]
-        # What was never written may be NaN.
-        yield (
-            offset,
-            [[arith.select(rg.scalar(written), x, rg.real(0.0)) for x in four] for four in words],
-        )
-
-
-def keep_pair(tile, ref, written):
-    """Adds a tile to the double words of a warpgroup's buffer, without an error that counts.
-
-    Args:
-      tile: (64, width) float32.
-      ref: (2·64·width,) float32, as of `keep`: the high words, then the low ones.
-      written: boolean scalar, the same in all threads: whether anything is there.
-    """
-
-    @rg.inline(arg_types=(rg.TILE, plgpu.RefType(), rg.SCALAR))
-    def run(_, tile, ref, written):
-        space, address, kind = place = _own(ref)
-        numbers, void = rg.numbers(tile), ir.Type.parse("!llvm.void")
-        for offset, (high, low) in _pairs(place, len(numbers), written):
-            mine = numbers[offset // _STRIDE * 4 :][:4]
-            sums = [rg.exact_sum(old, new) for old, new in zip(high, mine, strict=True)]
-            lows = [arith.addf(old, error) for old, (_, error) in zip(low, sums, strict=True)]
-            for first, four in ((0, [x for x, _ in sums]), (len(numbers) // 4 * _STRIDE, lows)):
-                text = f"st.{space}.v4.f32 [$0+{first + offset}], {{$1, $2, $3, $4}};"
-                rg.asm(void, [address, *four], text, f"{kind},f,f,f,f,~{{memory}}", effects=True)
-
-    run(tile, ref, written)
-
-
-def joined_pair(tile, ref, written):
-    """A tile plus the double words that `keep_pair` wrote, rounded once to float32.
-
-    Args:
-      tile: as of `keep_pair`, like the others.
-      ref: its buffer.
-      written: whether anything is there.
-    """
-
-    @rg.inline(
-        arg_types=(rg.TILE, plgpu.RefType(), rg.SCALAR),
-        return_type=plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, rg.TILE),
-    )
-    def run(_, tile, ref, written):
-        numbers, found = rg.numbers(tile), []
-        for offset, (high, low) in _pairs(_own(ref), len(numbers), written):
-            mine = numbers[offset // _STRIDE * 4 :][:4]
-            for old, rest, new in zip(high, low, mine, strict=True):
-                total, error = rg.exact_sum(old, new)
-                found.append(arith.addf(total, arith.addf(rest, error)))
-        return rg.from_numbers(found, tile.shape, rg.TILE)
-
-    return run(tile, ref, written)
 
 
 def _rotate(word, bits):
@@ -273,16 +142,14 @@ def matrix_noise(key_ref, batch, head, start, width: int, noise_std: float, out_
         arg_types=(plgpu.RefType(), rg.SCALAR, rg.SCALAR, rg.SCALAR, plgpu.RefType()),
     )
     def run(_, key_ref, batch, head, start, out_ref):
-        void = ir.Type.parse("!llvm.void")
         share = _shares(key_ref, batch, head, start, noise_std)
-        space, address, kind = _own(out_ref)
+        space, address, kind = own_place(out_ref)
 
         def block(chunk, half, pairs, address):
             drawn = share(chunk, half, pairs)
             for first in range(0, len(drawn), 4):
-                text = f"st.{space}.v4.f32 [$0+{first // 4 * _STRIDE}], {{$1, $2, $3, $4}};"
                 four = drawn[first : first + 4]
-                rg.asm(void, [address, *four], text, f"{kind},f,f,f,f,~{{memory}}", effects=True)
+                store_four(space, address, kind, first // 4 * STRIDE, four)
 
         def moved(address, count, size):
             step = arith.muli(count, rg.integer(size))
@@ -291,7 +158,7 @@ def matrix_noise(key_ref, batch, head, start, width: int, noise_std: float, out_
             return arith.addi(address, step)
 
         whole, rest = divmod(width, _CHUNK)
-        one = 4 * _STRIDE  # bytes of all threads' share of one half of a chunk
+        one = 4 * STRIDE  # bytes of all threads' share of one half of a chunk
         if whole:
 
             @mgpu.utils.fori(_opaque(2 * whole), [])
@@ -305,7 +172,7 @@ def matrix_noise(key_ref, batch, head, start, width: int, noise_std: float, out_
             @mgpu.utils.fori(_opaque(2), [])
             def tail(half, carry):
                 begin = moved(address, rg.integer(1), 2 * whole * one)
-                place = moved(begin, half, rest // 16 * _STRIDE)
+                place = moved(begin, half, rest // 16 * STRIDE)
                 block(rg.integer(whole), half, rest // 8, place)
                 return carry
 
@@ -320,11 +187,11 @@ def noise_kept(ref, width: int):
         return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.float32, rg.TILE),
     )
     def run(_, ref):
-        place = _own(ref)
+        place = own_place(ref)
         found: list[Any] = [None] * (ROWS * width // rg.WARPGROUP)
         for index, (chunk, half, pair) in enumerate(_vectors(width)):
             first_pair = chunk * _CHUNK // 8 + pair
-            for number, value in enumerate(_load_four(*place, index * _STRIDE)):
+            for number, value in enumerate(load_four(*place, index * STRIDE)):
                 found[(2 * (first_pair + number // 2) + half) * 2 + number % 2] = value
         return rg.from_numbers(found, (ROWS, width), rg.TILE)
 

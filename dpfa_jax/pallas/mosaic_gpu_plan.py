@@ -25,6 +25,9 @@ _REGISTERS = 1 << 16
 ROW_BATCH = 4
 """Tiles whose denominators' noise is drawn at a time: by all of a warp's threads then."""
 
+_WIDEST_PIECE = 128
+"""Columns of values for which a thread's registers hold two sums; of an answer in shared memory."""
+
 _LONGEST_TABLE = 1 << 16
 """Tiles beyond which so many fall to each block of the grid that their order hardly matters."""
 
@@ -261,6 +264,17 @@ class Plan:
         return self.regroups and self.keys >= PAIRED_FROM
 
     @property
+    def outside(self) -> bool:
+        """Whether the outer accumulator waits in global memory: registers have no room for it."""
+        return self.joins and self.value_width > _WIDEST_PIECE
+
+    @property
+    def piece(self) -> int:
+        """Columns of an answer that leave the registers at a time."""
+        fits = range(16, min(self.value_width, _WIDEST_PIECE) + 1, 16)
+        return max(width for width in fits if self.value_width % width == 0)
+
+    @property
     def cap(self) -> float:
         """The public reference in the unit of the products of rows."""
         return min((self.spec.score_cap or 0.0) / self.spec.scale, 3e38)
@@ -410,7 +424,8 @@ def scratch(plan: Plan) -> dict:
     def shared(shape, dtype, transforms=()):
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    stage = shared((shape.compute, ROWS, plan.value_width), plan.dtype, value)
+    answer = Matrix(plan.piece, plan.dtype).transforms
+    stage = shared((shape.compute, ROWS, plan.piece), plan.dtype, answer)
     found = {
         "q": shared((shape.compute, ROWS, plan.key_width), rows.dtype, key),
         "k": shared((shape.stages, shape.block_k, plan.key_width), rows.dtype, key),
@@ -442,6 +457,8 @@ def buffers(plan: Plan) -> dict:
     found = {}
     if plan.noisy and shape.noise == "global":
         found["noise"] = (plan.programs, shape.slots, shape.compute, ROWS * plan.value_width)
+    if plan.outside:
+        found["outer"] = (plan.programs, shape.compute, ROWS * plan.value_width)
     if plan.regroups:
         words = 1 + plan.paired
         found["far"] = (plan.programs, shape.compute, words * ROWS * plan.value_width)

@@ -150,14 +150,30 @@ def _issue_scores(query, key, matrix, keys: int):
     return total
 
 
+_WIDEST = 128
+"""Columns of one product of weights and values: 256 want more registers than ptxas has to give in a
+kernel of four warpgroups, whatever they take from each other later."""
+
+
 def _issue_sums(total, weights, value, matrix, width: int, add):
-    base, steps = step_offsets(value, matrix.swizzle, width, product="values")
+    group = matrix.swizzle // matrix.bytes  # columns that lie together
+    parts = []
+    for first in range(0, width, _WIDEST // group * group):
+        columns = min(_WIDEST // group * group, width - first)
+        base, steps = step_offsets(value, matrix.swizzle, columns, product="values")
+        strides, _ = ir.MemRefType(value.type).get_strides_and_offset()
+        offset = first // group * strides[1] * matrix.bytes
+        numbers = slice(first // 2, (first + columns) // 2)
+        parts.append((columns, numbers, base, [offset + step for step in steps]))
     words = [llvm.bitcast(rg.i32(), register) for register in weights.registers.flat]
-    for index, step in enumerate(steps):
+    total = list(total)
+    for index in range(len(words) // 4):
         four = words[4 * index : 4 * index + 4]
-        place = four, _moved(base, step)
         switch = None if index else add
-        total = _product(total, *place, matrix.half, width, transposed=True, add=switch)
+        for columns, numbers, base, steps in parts:
+            place = four, _moved(base, steps[index])
+            options = {"transposed": True, "add": switch}
+            total[numbers] = _product(total[numbers], *place, matrix.half, columns, **options)
     pipeline("commit_group")
     return total
 

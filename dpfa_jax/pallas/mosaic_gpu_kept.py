@@ -1,0 +1,212 @@
+"""Sums of the Hopper kernel that wait in memory: each thread's own numbers, 16 bytes at a time.
+
+What a thread wrote only that thread reads, so nothing has to be waited for.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from dpfa_jax.pallas import mosaic_gpu_registers as rg
+
+
+def own_place(ref):
+    """PTX name of the memory, address and constraint of this thread's first four numbers."""
+    i64 = ir.IntegerType.get_signless(64)
+    base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+    address = arith.addi(base, arith.extui(i64, arith.muli(rg.thread(), rg.integer(16))))
+    if mgpu.utils.is_smem_ref(ref):
+        return "shared", arith.trunci(rg.i32(), address), "r"
+    return "global", address, "l"
+
+
+STRIDE = 16 * rg.WARPGROUP
+"""Bytes from a thread's four numbers to its next four."""
+
+
+def keep(tile, ref):
+    """Writes a tile (64, width) to a warpgroup's buffer, each thread its own numbers.
+
+    The same thread reads them again by `joined`.
+
+    Args:
+      tile: float32.
+      ref: (64·width,) float32, in shared or global memory.
+    """
+
+    @rg.inline(arg_types=(rg.TILE, plgpu.RefType()))
+    def run(_, tile, ref):
+        place, numbers = own_place(ref), rg.numbers(tile)
+        for first in range(0, len(numbers), 4):
+            store_four(*place, first // 4 * STRIDE, numbers[first : first + 4])
+
+    run(tile, ref)
+
+
+def gather(tile, ref, written):
+    """Adds a tile to what is in a warpgroup's buffer, or writes it while nothing is.
+
+    Memory adds, each sum rounded to nearest: nobody waits for what is there.
+
+    Args:
+      tile: (64, width) float32.
+      ref: as of `keep`, in global memory.
+      written: boolean scalar, the same in all threads: whether anything is there.
+    """
+
+    @rg.inline(arg_types=(rg.TILE, plgpu.RefType(), rg.SCALAR))
+    def run(_, tile, ref, written):
+        (_, address, _), numbers = own_place(ref), rg.numbers(tile)
+        void = ir.Type.parse("!llvm.void")
+        adds = arith.extui(rg.i32(), rg.scalar(written))
+        for first in range(0, len(numbers), 4):
+            at = f"[$0+{first // 4 * STRIDE}], {{$1, $2, $3, $4}};"
+            text = (
+                "{ .reg .pred p; setp.ne.b32 p, $5, 0;"
+                f" @p red.relaxed.gpu.global.add.v4.f32 {at} @!p st.relaxed.gpu.global.v4.f32 {at} }}"
+            )
+            given = [address, *numbers[first : first + 4], adds]
+            rg.asm(void, given, text, "l,f,f,f,f,r,~{memory}", effects=True)
+
+    run(tile, ref, written)
+
+
+def store_four(space: str, address, kind: str, offset: int, numbers):
+    """Writes four numbers at `own_place` and so many bytes more."""
+    text = f"st.{space}.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};"
+    void, kinds = ir.Type.parse("!llvm.void"), f"{kind},f,f,f,f,~{{memory}}"
+    rg.asm(void, [address, *numbers], text, kinds, effects=True)
+
+
+def load_four(space: str, address, kind: str, offset: int):
+    """Four numbers at `own_place` and so many bytes more."""
+    struct = llvm.StructType.get_literal([rg.f32()] * 4)
+    order = ".relaxed.gpu" if space == "global" else ""
+    text = f"ld{order}.{space}.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    found = rg.asm(struct, [address], text, f"=f,=f,=f,=f,{kind},~{{memory}}", effects=True)
+    return [llvm.extractvalue(rg.f32(), found, [i]) for i in range(4)]
+
+
+def _unless(written, four):
+    """Zeros while nothing is written: what was never written may be NaN."""
+    return [arith.select(rg.scalar(written), x, rg.real(0.0)) for x in four]
+
+
+def joined(tile, ref, written):
+    """A tile plus what `keep` wrote, or the tile alone while nothing is.
+
+    Args:
+      tile: (64, width) float32.
+      ref: as of `keep`.
+      written: boolean scalar, the same in all threads.
+    """
+
+    @rg.inline(
+        arg_types=(rg.TILE, plgpu.RefType(), rg.SCALAR),
+        return_type=plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, rg.TILE),
+    )
+    def run(_, tile, ref, written):
+        place, numbers = own_place(ref), rg.numbers(tile)
+        found = []
+        for first in range(0, len(numbers), 4):
+            four = load_four(*place, first // 4 * STRIDE)
+            old = _unless(written, four)
+            found += [arith.addf(*x) for x in zip(numbers[first : first + 4], old, strict=True)]
+        return rg.from_numbers(found, tile.shape, rg.TILE)
+
+    return run(tile, ref, written)
+
+
+def _pairs(place: tuple[str, Any, str], count: int, written):
+    """High and low words that `keep_pair` wrote, four of each at a time; zeros while nothing is."""
+    low = count // 4 * STRIDE
+    for offset in range(0, low, STRIDE):
+        yield offset, *(_unless(written, load_four(*place, offset + first)) for first in (0, low))
+
+
+def _add_to_pair(place, old, mine, low_offset: int, offset: int):
+    """Adds four numbers to the double words at an offset, whose errors stay in the low words."""
+    high, low = old
+    sums = [rg.exact_sum(a, b) for a, b in zip(high, mine, strict=True)]
+    lows = [arith.addf(a, error) for a, (_, error) in zip(low, sums, strict=True)]
+    store_four(*place, offset, [x for x, _ in sums])
+    store_four(*place, low_offset + offset, lows)
+
+
+def keep_pair(tile, ref, written):
+    """Adds a tile to the double words of a warpgroup's buffer, without an error that counts.
+
+    Args:
+      tile: (64, width) float32.
+      ref: (2·64·width,) float32, as of `keep`: the high words, then the low ones.
+      written: boolean scalar, the same in all threads: whether anything is there.
+    """
+
+    @rg.inline(arg_types=(rg.TILE, plgpu.RefType(), rg.SCALAR))
+    def run(_, tile, ref, written):
+        place, numbers = own_place(ref), rg.numbers(tile)
+        count = len(numbers)
+        for offset, *old in _pairs(place, count, written):
+            mine = numbers[offset // STRIDE * 4 :][:4]
+            _add_to_pair(place, old, mine, count // 4 * STRIDE, offset)
+
+    run(tile, ref, written)
+
+
+def pass_on(source, ref, written, *, width: int, paired: bool):
+    """Adds what one buffer holds to another, as `keep` of `joined` or `keep_pair` would.
+
+    Through few registers: those of a tile so wide are all in use.
+
+    Args:
+      source: (64·width,) float32 in global memory, as of `keep`.
+      ref: as `source`, or twice as long where it holds double words.
+      written: boolean scalar, the same in all threads: whether anything is there.
+      width: columns.
+      paired: whether `ref` holds double words.
+    """
+    count = rg.ROWS * width // rg.WARPGROUP
+
+    @rg.inline(arg_types=(plgpu.RefType(), plgpu.RefType(), rg.SCALAR))
+    def run(_, source, ref, written):
+        given, place = own_place(source), own_place(ref)
+        if paired:
+            for offset, *old in _pairs(place, count, written):
+                mine = load_four(*given, offset)
+                _add_to_pair(place, old, mine, count // 4 * STRIDE, offset)
+            return
+        for offset in range(0, count // 4 * STRIDE, STRIDE):
+            old = _unless(written, load_four(*place, offset))
+            mine = load_four(*given, offset)
+            store_four(*place, offset, [arith.addf(*x) for x in zip(mine, old, strict=True)])
+
+    run(source, ref, written)
+
+
+def joined_pair(tile, ref, written):
+    """A tile plus the double words that `keep_pair` wrote, rounded once to float32.
+
+    Args:
+      tile: as of `keep_pair`, like the others.
+      ref: its buffer.
+      written: whether anything is there.
+    """
+
+    @rg.inline(
+        arg_types=(rg.TILE, plgpu.RefType(), rg.SCALAR),
+        return_type=plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, rg.TILE),
+    )
+    def run(_, tile, ref, written):
+        numbers, found = rg.numbers(tile), []
+        for offset, high, low in _pairs(own_place(ref), len(numbers), written):
+            mine = numbers[offset // STRIDE * 4 :][:4]
+            for old, rest, new in zip(high, low, mine, strict=True):
+                total, error = rg.exact_sum(old, new)
+                found.append(arith.addf(total, arith.addf(rest, error)))
+        return rg.from_numbers(found, tile.shape, rg.TILE)
+
+    return run(tile, ref, written)
