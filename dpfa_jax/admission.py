@@ -81,7 +81,7 @@ def sanitised(operands: Operands, mechanism: Any) -> Operands:
 
 
 def weighted(
-    module: ModuleType, operands: Operands, mechanism: Any, spec: Spec
+    module: ModuleType, operands: Operands, mechanism: Any, spec: Spec, *, judges: bool = True
 ) -> tuple[Operands, Spec]:
     """The same for a backend that leaves out what is not finite by itself: no copy is made.
 
@@ -90,6 +90,7 @@ def weighted(
       operands: the call's arrays, `log_weights` the caller's alone.
       mechanism: of the call.
       spec: of the call, of which the noise need not be set yet.
+      judges: whether the backend's function that comes next can tell of keys: `forward`, not `sums`.
 
     Returns:
       The operands, and `spec` that says who judges the keys.
@@ -99,7 +100,7 @@ def weighted(
     if spec.float8_scores and hasattr(module, "narrow_records"):
         *found, narrow = module.narrow_records(*records, bound)
         operands = operands._replace(narrow_key=narrow)
-    elif hasattr(module, "value_log_weights"):
+    elif judges and hasattr(module, "value_log_weights"):
         found = module.value_log_weights(operands.value, bound)
         spec = dataclasses.replace(spec, judge_keys=found is not None)
     weights, flags = module.record_log_weights(*records, bound) if found is None else found

@@ -100,14 +100,13 @@ def _is_preferred(backend: str, keys: int) -> bool:
     return jax.default_backend() == "gpu" and module_of(backend).preferred(keys)
 
 
-def choose_backend(name: str, operands: Operands, spec: Spec, needs: str = "forward") -> str:
+def choose_backend(name: str, operands: Operands, spec: Spec) -> str:
     """The name of the backend that does a call: the caller's, or the fastest one for "auto".
 
     Args:
       name: what the caller passed.
       operands: the call's arrays.
       spec: the static description, of which the noise need not be set yet.
-      needs: function that the backend must have: not all have "sums", which go out without noise.
 
     Returns:
       A key of `BACKENDS`.
@@ -119,10 +118,7 @@ def choose_backend(name: str, operands: Operands, spec: Spec, needs: str = "forw
     _check.choice("backend", name, _NAMED)
 
     def lacking(kind):
-        module = module_of(kind)
-        if not hasattr(module, needs):
-            return f"it has no {needs} that go out without noise"
-        return module.supports(operands, spec)
+        return module_of(kind).supports(operands, spec)
 
     if name == "auto":
         keys = operands.key.shape[1]

@@ -62,7 +62,11 @@ def noise_std(
 
     Guarantee: CP1 (context.md).
     """
-    growth = 1 + max(rounding(call.keys), rounding(call.keys // shards))
+    growth = 1 + rounding(call.keys // shards)
+    whole = 1 + rounding(call.keys)
+    if whole < math.inf:
+        # No less noise than the unsharded call has, where the backend has that.
+        growth = max(growth, whole)
     added = lattice.shard_rounding(
         keys=max(call.keys, 1),
         rows=call.batch * call.queries * call.heads,
@@ -251,7 +255,8 @@ def context_parallel_attention(
       key_value_seq_lengths: integers (B,), lengths of the whole sequences, the same on all shards.
       key_log_weights: (S,), (B, S) or (B, S, K), this shard's part.
       precision: as in `private_attention`.
-      backend: "auto", "xla" or "triton".
+      backend: "auto", "xla", "triton", or "mosaic_gpu", which takes no mask by position: neither
+        is_causal, local_window_size nor key_value_seq_lengths.
 
     Returns:
       (B, T, N, h) in the query's dtype: the same on all shards of the axis, or with shard_queries
@@ -328,10 +333,10 @@ def context_parallel_attention(
         window=window,
         **admission.score_precision(precision, mechanism),
     )
-    name = attention.choose_backend(backend, operands, spec, needs="sums")
+    name = attention.choose_backend(backend, operands, spec)
     module = attention.module_of(name)
     if admission.reads_any_rows(module, mechanism):
-        operands, spec = admission.weighted(module, operands, mechanism, spec)
+        operands, spec = admission.weighted(module, operands, mechanism, spec, judges=False)
     else:
         operands = admission.sanitised(operands, mechanism)
     operands = admission.as_scored(module, operands, spec)

@@ -262,8 +262,8 @@ def _placed_shapes(settings: Settings, devices: int, length: int) -> tuple[tuple
 
 def over_devices(settings: Settings) -> Iterator[dict]:
     """Rows of 1, 2, 4, … devices: the whole length kept, then one device's part of it."""
-    # The kernels that the sharded call takes, which Hopper's are not among.
-    alone = _jitted("triton" if jax.default_backend() == "gpu" else "xla")
+    # The kernels that the sharded call takes.
+    alone = _jitted("auto")
     counts = [2**i for i in range(10) if 2**i <= jax.device_count()]
     cases = {
         (mode, devices): settings.length * (devices if mode == "weak" else 1)

@@ -15,6 +15,7 @@ import dpfa_jax
 from dpfa_jax import accounting, context, random, reference, releases
 from dpfa_jax._typing import Spec
 from dpfa_jax.doubleword import grid_step
+from dpfa_jax.pallas import mosaic_gpu
 
 KEY = jax.random.key(11)
 SHARDS, B, N, K, H, WIDTH = 8, 2, 2, 1, 4, 3
@@ -284,6 +285,12 @@ def test_noise_std_covers_every_changed_shard(mechanism, adjacency):
     # A backend that rounds more for few keys than for many is charged for the shard's own.
     few = context.noise_std(mechanism, call, shards=8, rounding=lambda keys: 1e4 / keys)
     assert few >= mechanism.noise_multiplier * delta * (1 + 1e4 / 2**17)
+    # One that knows nothing of so long a memory, only of the shards'.
+    for known, rest in ((2**17, 0.0), (2**17 - 1, math.inf)):
+        limit = context.noise_std(
+            mechanism, call, shards=8, rounding=lambda keys, n=known: 0.0 if keys <= n else math.inf
+        )
+        assert limit == exact + rest
 
 
 # What is refused ---------------------------------------------------------------------------------
@@ -366,9 +373,17 @@ def test_mechanisms_without_sums_to_add_are_refused(mechanism):
         _ask((P(), ROWS, ROWS, P()), mechanism=mechanism)
 
 
-def test_a_backend_without_sums_is_refused():
-    with pytest.raises(NotImplementedError, match="no sums"):
+def test_a_backend_that_cannot_is_refused(monkeypatch):
+    with pytest.raises(NotImplementedError, match="compute capability 9.0"):
         _ask((P(), ROWS, ROWS, P()), backend="mosaic_gpu")
+    monkeypatch.setattr(mosaic_gpu, "_has_hopper", lambda: True)
+    run = sharded(INDEPENDENT, backend="mosaic_gpu")
+    narrow = [jnp.ones((2, 8 * length, 2, 64), jnp.bfloat16) for length in (8, 40, 40)]
+    text = jax.jit(run).trace(*narrow, KEY).lower(lowering_platforms=("cuda",)).as_text()
+    assert "dpfa_mosaic_forward_kernel" in text
+    run = sharded(INDEPENDENT, backend="mosaic_gpu", is_causal=True)
+    with pytest.raises(NotImplementedError, match="positions of a longer memory"):
+        jax.eval_shape(run, *narrow, KEY)
 
 
 def test_lengths_of_single_shards_are_refused():

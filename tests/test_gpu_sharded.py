@@ -14,7 +14,8 @@ pytestmark = pytest.mark.gpu
 
 KEY = jax.random.key(3)
 B, T, N, WIDTH, KEYS = 2, 256, 2, 64, 384  # keys of each GPU
-OPTIONS = {"queries": "public", "backend": "triton", "is_causal": True}
+# The Hopper kernels take no mask by position.
+BACKENDS = {"triton": {"is_causal": True}, "mosaic_gpu": {}}
 
 
 def _arrays(keys):
@@ -23,7 +24,11 @@ def _arrays(keys):
     return [jnp.asarray(source.normal(size=shape), jnp.bfloat16) for shape in shapes]
 
 
-def _sharded(mechanism, shard_queries, devices):
+def _options(backend):
+    return {"queries": "public", "backend": backend, **BACKENDS[backend]}
+
+
+def _sharded(mechanism, shard_queries, devices, backend):
     mesh = jax.make_mesh((len(devices),), ("seq",), (AxisType.Auto,), devices=devices)
 
     def one(query, key, value, rng):
@@ -35,7 +40,7 @@ def _sharded(mechanism, shard_queries, devices):
             mechanism=mechanism,
             rng=rng,
             shard_queries=shard_queries,
-            **OPTIONS,
+            **_options(backend),
         )
 
     rows = P(None, "seq")
@@ -43,10 +48,10 @@ def _sharded(mechanism, shard_queries, devices):
     return jax.shard_map(one, mesh=mesh, in_specs=(spec, rows, rows, P()), out_specs=spec)
 
 
-def _whole(mechanism):
+def _whole(mechanism, backend):
     def one(query, key, value, rng):
         return dpfa_jax.private_attention(
-            query, key, value, mechanism=mechanism, rng=rng, **OPTIONS
+            query, key, value, mechanism=mechanism, rng=rng, **_options(backend)
         )
 
     return one
@@ -63,6 +68,7 @@ def _both(call, arrays):
     return [np.asarray(x, np.float64) for x in (out, *grads)]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shard_queries", [False, True])
 @pytest.mark.parametrize(
     "mechanism",
@@ -73,13 +79,13 @@ def _both(call, arrays):
         ),
     ],
 )
-def test_records_on_all_gpus_are_answered_as_on_one(mechanism, shard_queries):
+def test_records_on_all_gpus_are_answered_as_on_one(mechanism, shard_queries, backend):
     devices = jax.devices("gpu")
     arrays = _arrays(KEYS * len(devices))
     # NULL is NULL wherever it lies: one record of the last GPU.
     arrays[1] = arrays[1].at[0, -3, 1, 5].set(jnp.nan)
-    found = _both(_sharded(mechanism, shard_queries, devices), arrays)
-    want = _both(_whole(mechanism), arrays)
+    found = _both(_sharded(mechanism, shard_queries, devices, backend), arrays)
+    want = _both(_whole(mechanism, backend), arrays)
     for ours, theirs in zip(found, want, strict=True):
         assert np.all(np.isfinite(ours))
         # Equal but for roundings to bfloat16: of each entry, and of a part on each GPU.
@@ -95,7 +101,8 @@ def test_noise_on_all_gpus_is_that_of_one_call(shard_queries):
     )
     query, key, value = (x.astype(jnp.float32) for x in _arrays(KEYS * len(devices)))
     none = jnp.full_like(key, jnp.nan)
-    out = jax.jit(_sharded(mechanism, shard_queries, devices))(query, none, value, KEY)
+    run = _sharded(mechanism, shard_queries, devices, "triton")
+    out = jax.jit(run)(query, none, value, KEY)
     matrix, _ = reference.noise_field(random.key_data(KEY), *out.shape)
     noise, matrix = np.asarray(out, np.float64), np.asarray(matrix, np.float64)
     std = np.sum(noise * matrix) / np.sum(matrix**2)

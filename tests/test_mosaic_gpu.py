@@ -128,6 +128,7 @@ def test_supports_refuses_where_it_is_not_compiled():
         ({"dtype": "float32"}, "bfloat16"),
         ({"keys": 131080, "queries": 8}, "131072"),
         ({"mask": jnp.ones((2, 4, 200, 300), bool)}, "masks by query"),
+        ({"key_offset": jnp.int32(300)}, "positions of a longer memory"),
     ],
 )
 def test_lacking_says_what_has_no_kernel(shapes, part):
@@ -283,6 +284,52 @@ def test_sums_of_long_memories_lose_nothing_between_runs(width, keys):
     out = np.asarray(jax.jit(lambda o: mosaic_gpu.forward(o, spec)[0])(operands), np.float32)
     lost = 1.0 if keys >= accumulators.PAIRED_FROM else 0.0
     np.testing.assert_allclose(out, 4.0 * lost, atol=0.05)
+
+
+_SUMMED = ("causal", "several groups", "several runs", "several groups, float16", "width 80")
+_SUMMED += ("wide, several groups, causal", "wide, several runs", "segments and window", "lengths")
+_SUMMED += ("float8 scores, causal, width 80",)
+
+
+@pytest.mark.parametrize("name", _SUMMED)
+def test_sums_lower_for_cuda_without_a_gpu(name):
+    shapes, changes = CASES[name]
+    operands = _operands(**shapes, flags=jnp.zeros((2, 1), jnp.int32))
+    run = jax.jit(lambda operands: mosaic_gpu.sums(operands, _spec(changes)))
+    text = run.trace(operands).lower(lowering_platforms=("cuda",)).as_text()
+    # No noise is drawn: what goes out is for the trusted side alone.
+    assert "dpfa_mosaic_forward_kernel_repair" in text and "row_noise" not in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", _SUMMED)
+def test_sums_are_the_reference(name):
+    shapes, changes = CASES[name]
+    operands, spec = _operands(**shapes), _spec(changes)
+    flagged = operands._replace(flags=jnp.zeros((2, 1), jnp.int32))
+    run = jax.jit(lambda operands: mosaic_gpu.sums(operands, spec))
+    found = run(flagged)
+    scored = admission.as_scored(reference, operands, spec)
+    numerator, denominator = jax.jit(lambda o: reference.sums(o, spec))(scored)
+    # Of weights that are rounded to 16 bits, each by itself.
+    assert _relative(found[0][0], numerator[0]) < 2.0**-8
+    assert _relative(found[1][0], denominator[0]) < _score_error(operands, spec)
+    assert np.all(np.abs(found[1][1]) <= 2.0**-24 * np.abs(found[1][0]))
+    # One key's and one query's rows are not finite: as if the key were not there, the query zeros.
+    lost = operands._replace(
+        query=operands.query.at[0, 3, 1, 2].set(jnp.nan),
+        key=operands.key.at[1, 7, 0, 5].set(jnp.inf),
+        log_weights=operands.log_weights.at[1, 7, 0].set(-jnp.inf),
+    )
+    clean = lost._replace(
+        query=lost.query.at[0, 3, 1].set(0), key=operands.key, flags=flagged.flags
+    )
+    for ours, theirs in zip(
+        jax.tree.leaves(run(lost._replace(flags=flagged.flags + 1))),
+        jax.tree.leaves(run(clean)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("precision", (None, "fp8"))

@@ -91,10 +91,12 @@ def test_every_cut_of_the_kernel_is_one_that_is_charged_for():
     for width, keys, mask in itertools.product((16, 64, 80, 128, 256), (300, 700, 9000), masks):
         spec = _spec({**NOISY, **mask})
         operands = jax.eval_shape(lambda w=width, k=keys: _operands(keys=k, width=w, queries=8))
-        group = (cut := mosaic_gpu.cut(operands, spec)).block_k * cut.flush
-        assert accumulators.SHORTEST_GROUP <= group <= accumulators.GROUP_KEYS
-        # What a thread adds to a denominator before it joins the double word, at most (F4).
-        assert (cut.flush + 1) * cut.block_k // 4 <= 160
+        bare = dataclasses.replace(spec, noise="none")
+        for cut in (mosaic_gpu.cut(operands, spec), mosaic_gpu.cut(operands, bare, summed=True)):
+            group = cut.block_k * cut.flush
+            assert accumulators.SHORTEST_GROUP <= group <= accumulators.GROUP_KEYS
+            # What a thread adds to a denominator before it joins the double word, at most (F4).
+            assert (cut.flush + 1) * cut.block_k // 4 <= 160
 
 
 def _tile_plan(queries, width, **changes):

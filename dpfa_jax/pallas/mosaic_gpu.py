@@ -4,6 +4,7 @@ The same function as `reference`; gradients in `mosaic_gpu_gradients`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratc
 from dpfa_jax.pallas.mosaic_gpu_records import narrow_records as narrow_records
 from dpfa_jax.pallas.mosaic_gpu_records import record_log_weights as record_log_weights
 from dpfa_jax.pallas.mosaic_gpu_records import value_log_weights as value_log_weights
+from dpfa_jax.pallas.triton import finish as finish
 
 READS_ANY_ROWS = True
 """Rows that are not finite are left out, given `record_log_weights` or, where `Spec.judge_keys`,
@@ -61,6 +63,8 @@ def lacking(operands: Operands, spec: Spec) -> str | None:
         group = query.shape[2] // key.shape[2]
         if mask.shape[2] != 1 or (mask.shape[1] != 1 and group != 1):
             return f"masks by query have no kernel, got {mask.shape}"
+    if operands.key_offset is not None:
+        return "keys at positions of a longer memory have no kernel"
     if spec.score_cap is not None and key.shape[1] > LONGEST:
         return f"sums over more than {LONGEST} keys round by more than is charged"
     return None
@@ -117,12 +121,13 @@ def _aligned(array, width: int | None = None):
     return jnp.pad(array, ((0, 0), (0, rows), (0, 0), (0, columns)))
 
 
-def cut(operands: Operands, spec: Spec) -> Shape:
+def cut(operands: Operands, spec: Spec, *, summed: bool = False) -> Shape:
     """How the forward kernel is cut: what was fastest on an H100 or H200, or fits.
 
     Args:
       operands: the call's arrays, or their shapes.
       spec: the static description.
+      summed: whether the sums go out as they are.
     """
     width = max(operands.query.shape[3], operands.value.shape[3])
     keys = operands.key.shape[1]
@@ -142,7 +147,11 @@ def cut(operands: Operands, spec: Spec) -> Shape:
         registers = (240, 24, 24) if spec.noise == "none" else (224, 24, 40)
         return but(block_k=64, flush=8, slots=1, registers=registers, turns=False)
     if spec.noise == "none":
-        return but(registers=(240, 24, 24))
+        shape = but(registers=(240, 24, 24))
+        if not summed or keys <= GROUP_KEYS or width <= 64:
+            return shape
+        # As below: the sums are those that noise would be added to.
+        return but(block_k=64, flush=8, stages=3) if masked else but(block_k=96, flush=5, early=40)
     if width <= 64 and masked:
         return but(block_k=64, flush=8, stages=3, noise="shared", slots=1)
     if spec.noise == "sums" and keys > GROUP_KEYS and width > 64:
@@ -162,7 +171,7 @@ def cut(operands: Operands, spec: Spec) -> Shape:
 
 
 def _plan(
-    operands: Operands, spec: Spec, shape: Shape, *, converts: bool = False
+    operands: Operands, spec: Spec, shape: Shape, *, converts: bool = False, summed: bool = False
 ) -> tuple[Plan, dict]:
     """What is static, and the arrays that a kernel reads, by name; it may round queries itself."""
     shift = 15 if operands.key.dtype == jnp.float16 else 0
@@ -196,7 +205,8 @@ def _plan(
         offsets=offsets.shape[0],
         key_dtype=jnp.dtype(key.dtype),
         converts=converts,
-        marks=spec.mark_queries and operands.flags is not None,
+        marks=spec.mark_queries and operands.flags is not None and not summed,
+        sums=summed,
     )
     plan = dataclasses.replace(plan, programs=min(plan.programs, plan.tiles))
     inputs = {"query": query, "key": key, "value": value, "offsets": offsets}
@@ -258,23 +268,13 @@ def forward(
     out, residuals, found = _forward(operands, spec, shape)
     # The kernel that judges keys reports the flags as well.
     lost = jnp.any((operands.flags if found is None else found) != 0)
-    known = None
-    if not spec.mark_queries:
-        known = jnp.swapaxes(jnp.all(jnp.isfinite(operands.query), axis=-1), 1, 2)
-        lost |= ~jnp.all(known)
+    known = None if spec.mark_queries else _known(operands)
 
     # The clean answer is the answer but for "rows": what comes twice would be copied.
     apart = spec.noise == "rows"
 
-    def carry(lost, out, residuals, weights):
-        clean, *rows = residuals
-        leaves, tree = jax.tree.flatten((lost, out, clean if apart else None, rows, weights))
-        return tree.unflatten(_primitives.vary_alike(*leaves, *operands)[: len(leaves)])
-
-    # A loop of one turn or none: what it carries stays in place, a branch would copy all of it.
-    def repair(carried):
+    def repair(weights):
         # The same sums in the same order: a record that is not finite changes no other's.
-        weights = carried[4]
         if found is not None:
             whole = jnp.all(jnp.isfinite(operands.key), axis=(2, 3))
             weights = jnp.where(whole[..., None], weights, -jnp.inf)
@@ -283,14 +283,80 @@ def forward(
         if known is not None:
             # As in the Triton kernels: gradients know such queries by this sign.
             factor = jnp.where(known, factor, -factor)
-        return carry(jnp.bool_(False), out, (clean, mass, factor, best), weights)
+        return out, clean if apart else None, (mass, factor, best), weights
 
-    first = carry(lost, out, residuals, operands.log_weights)
-    _, out, clean, rows, weights = lax.while_loop(lambda carried: carried[0], repair, first)
+    clean, *rows = residuals
+    first = out, clean if apart else None, tuple(rows), operands.log_weights
+    if known is not None:
+        lost |= ~jnp.all(known)
+    repaired = _again(lost, first, lambda carried: repair(carried[3]), operands)
+    out, clean, rows, weights = repaired
     residuals = clean if apart else out, *rows
     if found is not None:
         residuals += (weights, lost.astype(jnp.int32).reshape(1, 1))
     return out, residuals
+
+
+def _known(operands: Operands) -> jax.Array:
+    """Queries that are finite: (B, N, T)."""
+    return jnp.swapaxes(jnp.all(jnp.isfinite(operands.query), axis=-1), 1, 2)
+
+
+def _again(lost: jax.Array, found: Any, repair: Any, operands: Operands) -> Any:
+    """What was found, or what `repair` makes of it where something is lost."""
+
+    def carry(lost, found):
+        leaves, tree = jax.tree.flatten((lost, found))
+        return tree.unflatten(_primitives.vary_alike(*leaves, *operands)[: len(leaves)])
+
+    # A loop of one turn or none: what it carries stays in place, a branch would copy all of it.
+    def turn(carried):
+        return carry(jnp.bool_(False), repair(carried[1]))
+
+    return lax.while_loop(lambda carried: carried[0], turn, carry(lost, found))[1]
+
+
+def sums(operands: Operands, spec: Spec, *, shape: Shape | None = None) -> tuple[tuple, tuple]:
+    """N = Σ_j w_ij v_j and D = Σ_j w_ij against a public reference, as `forward` has them.
+
+    Args:
+      operands: the call's arrays; a query that is not finite counts as a row of zeros.
+      spec: scale, cap and masks; its noise is not used.
+      shape: how to cut the kernel, by default from the width.
+
+    Returns:
+      ((N, zeros), (D high, D low)), float32 of shapes (B, T, N, h) and (B, T, N).
+    """
+    spec = dataclasses.replace(spec, noise="none")
+    shape = cut(operands, spec, summed=True) if shape is None else shape
+    found = _sums(operands, spec, shape)
+    if operands.flags is not None:
+        lost = jnp.any(operands.flags != 0) | ~jnp.all(_known(operands))
+
+        def repair(_):
+            return _sums(operands, spec, shape, repairs=True)
+
+        found = _again(lost, found, repair, operands)
+    numerator, *rows = found
+    high, low = (jnp.swapaxes(x, 1, 2) for x in rows)
+    return (numerator, jnp.zeros_like(numerator)), (high, low)
+
+
+def _sums(operands: Operands, spec: Spec, shape: Shape, *, repairs: bool = False) -> tuple:
+    """The numerators (B, T, N, h), and both words of the denominators (B, N, T)."""
+    converts = operands.flags is not None
+    plan, inputs = _plan(operands, spec, shape, converts=converts, summed=True)
+    plan = dataclasses.replace(plan, repairs=repairs)
+    if plan.scheduled:
+        inputs["schedule"] = jnp.asarray(plan.schedule())
+    rows = (plan.batch, plan.heads, plan.query_blocks * plan.block_q)
+    answer = (*inputs["query"].shape[:3], plan.value_width)
+    outputs = {"out": answer, "mass": rows, "mass_low": rows} | buffers(plan)
+    outputs = {name: (size, jnp.float32) for name, size in outputs.items()}
+    threads, memory = shape.compute + 1, scratch(plan)
+    found = _run(kernels.forward_kernel, plan, inputs, outputs, memory, plan.programs, threads)
+    numerator = found["out"][:, : plan.queries, :, : operands.value.shape[3]]
+    return numerator, *(found[name][:, :, : plan.queries] for name in ("mass", "mass_low"))
 
 
 def _forward(

@@ -20,7 +20,27 @@ def _wide(row, shape):
     return lax.broadcast_in_dim(row, shape, [0])
 
 
-def answer(plan: Plan, total, mass, noise, lost):
+def _unshifted(plan: Plan, *sums):
+    """Sums of weights as they are, not as they were raised."""
+    if not plan.shift:
+        return sums
+    unshift = 2.0**-plan.shift
+    return tuple(x * unshift for x in sums)
+
+
+def sums(plan: Plan, total, mass) -> dict:
+    """A tile's sums as they are, by the names of the arrays that they go to.
+
+    Args:
+      plan: what is static.
+      total: as of `answer`.
+      mass: as of `answer`.
+    """
+    total, high, low = _unshifted(plan, total, *mass)
+    return {"out": plgpu.layout_cast(total, PACKED), "mass": high, "mass_low": low}
+
+
+def answer(plan: Plan, total, mass, noise, lost, best) -> dict:
     """What is made of a tile's sums: noise, ratio, projection.
 
     Args:
@@ -29,17 +49,15 @@ def answer(plan: Plan, total, mass, noise, lost):
       mass: (64,) float32 and its low word, sums of weights.
       noise: (64, h) and (64,) of what the plan says that noise is added to, else None.
       lost: (64,), NaN for a query that is not finite, else 0; or None.
+      best: (64,), the largest exponents.
 
     Returns:
-      The answer, NaN where the query is lost, it without noise, denominators, and factors of the
-      projection or None.
+      By the names of the arrays that they go to, if there are such: the answer, NaN where the query
+      is lost, it without noise, denominators, factors of the projection, and the largest exponents.
     """
     spec = plan.spec
     shape = total.shape
-    high, low = mass
-    if plan.shift:
-        unshift = 2.0**-plan.shift
-        total, high, low = total * unshift, high * unshift, low * unshift
+    total, high, low = _unshifted(plan, total, *mass)
     if spec.noise == "sums":
         total = noise_blocks.on_grid(total + noise[0], spec)
     if noise[1] is not None:
@@ -68,10 +86,12 @@ def answer(plan: Plan, total, mass, noise, lost):
         ratio = noise_blocks.on_grid(ratio + plgpu.layout_cast(noise[0], PACKED), spec)
     if lost is not None and not plan.contained:
         ratio = ratio + _wide(lost, shape)
-    return ratio, clean, mass, factor
+    if lost is not None:
+        factor, best = _marked(factor, best, lost)
+    return {"out": ratio, "clean": clean, "mass": mass, "factor": factor, "best": best}
 
 
-def marked(factor, best, lost):
+def _marked(factor, best, lost):
     """Marks of queries that are not finite, which the gradients know by a factor of 0.
 
     Beside their maximum, that of no score, weights made anew would be infinite: they get one beside

@@ -310,29 +310,32 @@ def _compute_loop(plan: Plan, refs, wg):
     def tile(index, number, step):
         block, head, batch = place = plan.place(number)
         total, mass, best, lost, step = _sums(plan, refs, wg, place, step)
-        noise = _noise(plan, refs, wg, index)
-        if plan.noisy:
-            plgpu.barrier_arrive(refs["noise_empty"].at[copies.ring_slot(index, plan.shape.slots)])
-        answer, clean, mass, factor = answers.answer(plan, total, mass, noise, lost)
-        if lost is not None:
-            factor, best = answers.marked(factor, best, lost)
+        if plan.sums:
+            found = answers.sums(plan, total, mass)
+        else:
+            noise = _noise(plan, refs, wg, index)
+            if plan.noisy:
+                slot = copies.ring_slot(index, plan.shape.slots)
+                plgpu.barrier_arrive(refs["noise_empty"].at[slot])
+            found = answers.answer(plan, total, mass, noise, lost, best)
         rows = pl.ds(block * plan.block_q + wg * ROWS, ROWS)
 
         def write(name, array):
             for number, part in enumerate(blocks.pieces(array, plan.piece)):
                 # No thread writes over what another has still to read.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                staging[wg] = part.astype(plan.dtype)
+                staging[wg] = part.astype(plan.staged.dtype)
                 plgpu.commit_smem()
                 columns = pl.ds(number * plan.piece, plan.piece)
                 plgpu.copy_smem_to_gmem(staging.at[wg], refs[name].at[batch, rows, head, columns])
 
-        write("out", answer)
-        if "clean" in refs:
-            write("clean", clean)
-        for name, row in (("mass", mass), ("factor", factor), ("best", best)):
-            if name in refs:
-                refs[name][batch, head, rows] = row
+        for name, array in found.items():
+            if name not in refs:
+                continue
+            if len(array.shape) == 1:
+                refs[name][batch, head, rows] = array
+            else:
+                write(name, array)
         return step
 
     copies.each_tile(plan, refs, tile, jnp.int32(0))

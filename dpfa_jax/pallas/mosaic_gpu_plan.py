@@ -96,6 +96,7 @@ class Plan:
       marks: whether queries that are not finite are answered by NaN.
       repairs: whether values that are not finite count as 0, and queries as rows of zeros.
       judges: whether the kernel reads `flags` and tells of keys that are not finite too.
+      sums: whether the sums go out as they are, in float32, instead of an answer.
     """
 
     spec: Spec
@@ -118,6 +119,7 @@ class Plan:
     marks: bool = False
     repairs: bool = False
     judges: bool = False
+    sums: bool = False
 
     def __post_init__(self):
         if self.shape.turns and self.shape.compute != 2:
@@ -154,7 +156,8 @@ class Plan:
                 f"{early}; a thread makes {most} weights of a key tile."
             )
         group = self.shape.flush * self.shape.block_k
-        if self.spec.noise == "sums" and not SHORTEST_GROUP <= group <= GROUP_KEYS:
+        charged = self.sums or self.spec.noise == "sums"
+        if charged and not SHORTEST_GROUP <= group <= GROUP_KEYS:
             raise ValueError(
                 f"Expected groups of {SHORTEST_GROUP} to {GROUP_KEYS} keys, for which the rounding "
                 f"of sums is charged (F4), got flush={self.shape.flush} tiles of "
@@ -251,7 +254,7 @@ class Plan:
     def joins(self) -> bool:
         """Whether an accumulator must be emptied: only the rounding of released sums is charged."""
         released = self.spec.noise == "sums" and self.spec.ball is not None
-        return released and self.key_blocks > self.shape.flush
+        return (released or self.sums) and self.key_blocks > self.shape.flush
 
     @property
     def regroups(self) -> bool:
@@ -270,9 +273,15 @@ class Plan:
 
     @property
     def piece(self) -> int:
-        """Columns of an answer that leave the registers at a time."""
-        fits = range(16, min(self.value_width, _WIDEST_PIECE) + 1, 16)
+        """Columns of what goes out that leave the registers at a time."""
+        widest = _WIDEST_PIECE // (1 + self.sums)
+        fits = range(16, min(self.value_width, widest) + 1, 16)
         return max(width for width in fits if self.value_width % width == 0)
+
+    @property
+    def staged(self) -> Matrix:
+        """A piece of what goes out."""
+        return Matrix(self.piece, jnp.dtype(jnp.float32) if self.sums else self.dtype)
 
     @property
     def cap(self) -> float:
@@ -424,8 +433,8 @@ def scratch(plan: Plan) -> dict:
     def shared(shape, dtype, transforms=()):
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    answer = Matrix(plan.piece, plan.dtype).transforms
-    stage = shared((shape.compute, ROWS, plan.piece), plan.dtype, answer)
+    staged = plan.staged
+    stage = shared((shape.compute, ROWS, staged.width), staged.dtype, staged.transforms)
     found = {
         "q": shared((shape.compute, ROWS, plan.key_width), rows.dtype, key),
         "k": shared((shape.stages, shape.block_k, plan.key_width), rows.dtype, key),
