@@ -251,8 +251,10 @@ def answer(spec: Spec, numerator: jax.Array, denominator: jax.Array) -> jax.Arra
     if spec.denominator_std == float("inf"):
         ratio = numerator / spec.floor
     else:
-        # Without noise a query that sees nothing is answered by 0, whose gradient is 0, not 0·∞.
-        numerator = jnp.where(denominator[..., None] != 0, numerator, 0.0)
+        if spec.noise != "sums":
+            # Without noise a query that sees nothing is answered by 0, whose gradient is 0, not 0·∞.
+            # With noise 0 is a denominator like others, and on a public grid no rare one.
+            numerator = jnp.where(denominator[..., None] != 0, numerator, 0.0)
         # Not a maximum: its derivative multiplies by 0 what may have overflowed.
         safe = jnp.where(denominator > spec.floor, denominator, spec.floor)
         ratio = numerator / safe[..., None]

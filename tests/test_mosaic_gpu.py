@@ -314,6 +314,8 @@ def test_sums_are_the_reference(name):
     # Of weights that are rounded to 16 bits, each by itself.
     assert _relative(found[0][0], numerator[0]) < 2.0**-8
     assert _relative(found[1][0], denominator[0]) < _score_error(operands, spec)
+    # As integers are made of them: two words, the numerators' second one 0.
+    assert not np.any(found[0][1])
     assert np.all(np.abs(found[1][1]) <= 2.0**-24 * np.abs(found[1][0]))
     # One key's and one query's rows are not finite: as if the key were not there, the query zeros.
     lost = operands._replace(

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax import _primitives, float8
 from dpfa_jax._typing import Operands, Spec
+from dpfa_jax.doubleword import two_sum
 from dpfa_jax.pallas import mosaic_gpu_kernels as kernels
 from dpfa_jax.pallas import triton
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
@@ -339,7 +340,8 @@ def sums(operands: Operands, spec: Spec, *, shape: Shape | None = None) -> tuple
         found = _again(lost, found, repair, operands)
     numerator, *rows = found
     high, low = (jnp.swapaxes(x, 1, 2) for x in rows)
-    return (numerator, jnp.zeros_like(numerator)), (high, low)
+    # Four threads' words were added up: the low one may be longer than a double word's.
+    return (numerator, jnp.zeros_like(numerator)), two_sum(high, low)
 
 
 def _sums(operands: Operands, spec: Spec, shape: Shape, *, repairs: bool = False) -> tuple:
