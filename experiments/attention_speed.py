@@ -1,6 +1,6 @@
 """How fast is private attention beside the fastest attention without privacy?
 
-    python experiments/attention_speed.py            # eleven shapes on the default GPU, 4 minutes
+    python experiments/attention_speed.py            # twelve shapes on the default GPU, 4 minutes
     python experiments/attention_speed.py --forward  # without gradients, 2 minutes
     python experiments/attention_speed.py --smoke    # the correctness check alone, on any device
     python experiments/attention_speed.py --plot     # the picture of the last run
@@ -64,17 +64,18 @@ SHAPES = {
     "ViT-Huge": (64, 256, 16, 16, 80, False),
     "Llama GQA": (2, 8192, 32, 8, 128, True),
     "Llama-70B": (1, 8192, 64, 8, 128, True),
+    "D256": (4, 4096, 8, 8, 256, False),
 }
-"""Ten shapes of models and papers, and one layer of Llama-70B, forward alone."""
+"""Ten shapes of models and papers; one layer of Llama-70B and wide rows, forward alone."""
 
 
 PASSES = ("forward", "forward_backward")
 FORWARD_ONLY = {
     *("triton_plain", "mosaic_plain", "mosaic_plain_fp8", "tokamax_no_max"),
-    "Llama-70B",
+    *("Llama-70B", "D256"),
 }
-"""Implementations that say where time goes, not how far private calls are from their rivals; and
-the shape of which only answers a second are asked."""
+"""Implementations that say where time goes, not how far private calls are from their rivals; a shape
+of which only answers a second are asked, and one whose gradients are Triton's."""
 
 
 def _private(
