@@ -90,7 +90,7 @@ def weighted(
       operands: the call's arrays, `log_weights` the caller's alone.
       mechanism: of the call.
       spec: of the call, of which the noise need not be set yet.
-      judges: whether the backend's function that comes next can tell of keys: `forward`, not `sums`.
+      judges: whether what the backend does next can tell of keys: `forward` can, `sums` cannot.
 
     Returns:
       The operands, and `spec` that says who judges the keys.

@@ -252,8 +252,8 @@ def answer(spec: Spec, numerator: jax.Array, denominator: jax.Array) -> jax.Arra
         ratio = numerator / spec.floor
     else:
         if spec.noise != "sums":
-            # Without noise a query that sees nothing is answered by 0, whose gradient is 0, not 0·∞.
-            # With noise 0 is a denominator like others, and on a public grid no rare one.
+            # A query that sees nothing is answered by 0, whose gradient is 0, not 0·∞. With noise 0
+            # is a denominator like others, and on a public grid no rare one.
             numerator = jnp.where(denominator[..., None] != 0, numerator, 0.0)
         # Not a maximum: its derivative multiplies by 0 what may have overflowed.
         safe = jnp.where(denominator > spec.floor, denominator, spec.floor)

@@ -74,8 +74,8 @@ FORWARD_ONLY = {
     *("triton_plain", "mosaic_plain", "mosaic_plain_fp8", "tokamax_no_max"),
     *("Llama-70B", "D256"),
 }
-"""Implementations that say where time goes, not how far private calls are from their rivals; a shape
-of which only answers a second are asked, and one whose gradients are Triton's."""
+"""Implementations that say where time goes, not how far private calls are from their rivals; a
+shape of which only answers a second are asked, and one whose gradients are Triton's."""
 
 
 def _private(

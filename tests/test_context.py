@@ -374,7 +374,7 @@ def test_mechanisms_without_sums_to_add_are_refused(mechanism):
 
 
 def test_a_backend_that_cannot_is_refused(monkeypatch):
-    with pytest.raises(NotImplementedError, match="compute capability 9.0"):
+    with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
         _ask((P(), ROWS, ROWS, P()), backend="mosaic_gpu")
     monkeypatch.setattr(mosaic_gpu, "_has_hopper", lambda: True)
     run = sharded(INDEPENDENT, backend="mosaic_gpu")

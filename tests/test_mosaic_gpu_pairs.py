@@ -41,7 +41,9 @@ class _Memory:
             )
             _, *new, adds = operands
             if adds:
-                new = [np.float32(self.words[place] + x) for place, x in zip(places, new)]
+                new = [
+                    np.float32(self.words[place] + x) for place, x in zip(places, new, strict=True)
+                ]
             self.words |= dict(zip(places, new, strict=True))
             return None
         if text.startswith("st.global.v4.f32 [$0+"):

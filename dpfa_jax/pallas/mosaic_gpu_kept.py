@@ -66,8 +66,9 @@ def gather(tile, ref, written):
         for first in range(0, len(numbers), 4):
             at = f"[$0+{first // 4 * STRIDE}], {{$1, $2, $3, $4}};"
             text = (
-                "{ .reg .pred p; setp.ne.b32 p, $5, 0;"
-                f" @p red.relaxed.gpu.global.add.v4.f32 {at} @!p st.relaxed.gpu.global.v4.f32 {at} }}"
+                "{ .reg .pred p; setp.ne.b32 p, $5, 0; "
+                f"@p red.relaxed.gpu.global.add.v4.f32 {at} "
+                f"@!p st.relaxed.gpu.global.v4.f32 {at} }}"
             )
             given = [address, *numbers[first : first + 4], adds]
             rg.asm(void, given, text, "l,f,f,f,f,r,~{memory}", effects=True)
@@ -128,7 +129,7 @@ def _pairs(place: tuple[str, Any, str], count: int, written):
         yield offset, *(_unless(written, load_four(*place, offset + first)) for first in (0, low))
 
 
-def _add_to_pair(place, old, mine, low_offset: int, offset: int):
+def _add_to_pair(place: tuple[str, Any, str], old, mine, low_offset: int, offset: int):
     """Adds four numbers to the double words at an offset, whose errors stay in the low words."""
     high, low = old
     sums = [rg.exact_sum(a, b) for a, b in zip(high, mine, strict=True)]
