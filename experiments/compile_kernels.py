@@ -167,8 +167,8 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper float8 causal", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 12,
     # Beside the last noise, and once in 8192 keys, where sums in memory are passed on.
     ("D256 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 124,
-    ("D256 hopper causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 292,
-    ("D256 hopper long", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 1560,
+    ("D256 hopper causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 296,
+    ("D256 hopper long", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 1628,
     ("D256 hopper short", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 16,
     # Outside of the loops of products, which have no detours.
     ("memory D128 T65536", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 168,
@@ -185,9 +185,9 @@ DETOURS = {
     # Addresses of sixteen steps of a product, of which no uniform registers are left for some.
     ("D192 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 1,
     ("D256 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 17,
-    ("D256 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
+    ("D256 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 24,
     ("D256 hopper causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 19,
-    ("D256 hopper long", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 12,
+    ("D256 hopper long", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 14,
     ("D256 hopper short", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 17,
     # With two tiles of keys, which are faster there than three.
     ("memory BERT", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 2,
