@@ -37,8 +37,8 @@ BACKENDS = MappingProxyType(
     {"mosaic_gpu": "dpfa_jax.pallas.mosaic_gpu", "triton": "dpfa_jax.pallas.triton"}
     | {"xla": "dpfa_jax.reference"}
 )
-"""Modules that export forward, backward, rounding, column_squares and supports(operands, spec) ->
-reason | None, fastest first; each is loaded when it is first used."""
+"""Modules that export forward, backward, sums, finish, rounding, column_squares and
+supports(operands, spec) -> reason | None, fastest first; each is loaded when it is first used."""
 
 _NAMED = ("xla", "triton", "mosaic_gpu", "auto")
 
@@ -393,7 +393,9 @@ def _gaussian_process(operands, spec, mechanism, call, run, replace) -> jax.Arra
         base_log_weights=jax.lax.stop_gradient(base),
         query_reference=gaussian_process.squares(query, process.gamma) / 2,
     )
-    return run(replace(floor=process.floor, ball=mechanism.value_bound), operands, process)
+    return run(
+        replace(noise="sums", floor=process.floor, ball=mechanism.value_bound), operands, process
+    )
 
 
 def sampled_attention(

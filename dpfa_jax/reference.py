@@ -253,7 +253,7 @@ def answer(spec: Spec, numerator: jax.Array, denominator: jax.Array) -> jax.Arra
     else:
         if spec.noise != "sums":
             # A query that sees nothing is answered by 0, whose gradient is 0, not 0·∞. With noise 0
-            # is a denominator like others, and on a public grid no rare one.
+            # is a denominator like others.
             numerator = jnp.where(denominator[..., None] != 0, numerator, 0.0)
         # Not a maximum: its derivative multiplies by 0 what may have overflowed.
         safe = jnp.where(denominator > spec.floor, denominator, spec.floor)

@@ -100,6 +100,13 @@ HOPPER = {
     "D256 hopper short": (512, 2, 2, 256, "bfloat16", PRIVATE),
 }
 
+# What `context_parallel_attention` runs there: sums without noise, written in the same way.
+SUMS = {
+    "sums D64": (8192, 2, 2, 64, "bfloat16", NOISY),
+    "sums D128": (8192, 4, 1, 128, "bfloat16", NOISY),
+    "sums D256": (40000, 2, 2, 256, "bfloat16", {**NOISY, "float8_scores": True}),
+}
+
 # What `private_attention` runs on backend="mosaic_gpu", the branch for rows that are not finite
 # included: (batch, length, heads, kv heads, width, changes to the spec), and the most memory that
 # forward and forward with gradients may hold, over that of their arguments and answers.
@@ -170,6 +177,7 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D256 hopper causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 296,
     ("D256 hopper long", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 1628,
     ("D256 hopper short", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 16,
+    ("sums D256", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 396,
     # Outside of the loops of products, which have no detours.
     ("memory D128 T65536", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 168,
     ("memory D128 T65536, gradients", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 168,
@@ -261,6 +269,17 @@ def _hopper(case):
         if mosaic_gpu_gradients.lacking(operands, spec) is None:
             grads = mosaic_gpu_gradients.fused(operands, spec, residuals, cotangent)[:4]
         return out, clean, mass, factor, columns, grads
+
+    return run, arrays
+
+
+def _sums(case):
+    *_, width, _, changes = case
+    spec = Spec(**{"scale": width**-0.5, **changes})
+    _, (*arrays, _, _) = _programs(case)
+
+    def run(*arrays):
+        return mosaic_gpu.sums(Operands(*arrays), spec)
 
     return run, arrays
 
@@ -397,6 +416,7 @@ def main() -> None:
         _keep_reports(folder)
         made = {name: _programs(case) for name, case in PROGRAMS.items()}
         made |= {name: _hopper(case) for name, case in HOPPER.items()}
+        made |= {name: _sums(case) for name, case in SUMS.items()}
         made |= {name: _norms(case) for name, case in NORMS.items()}
         made |= {name: _records(case) for name, case in RECORDS.items()}
         limits = {}

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import dpfa_jax
-from dpfa_jax import accounting
+from dpfa_jax import accounting, reference
 from dpfa_jax.memory import (
     FilteredMemory,
     GaussianProcessMemory,
+    RandomFeatureMemory,
     RandomFeatures,
 )
 from tests import oracles
@@ -65,6 +66,27 @@ def attend(memory, query):
 def ratio_of(numerator, denominator, floor, bound):
     ratio = numerator / np.maximum(denominator, floor)[..., None]
     return oracles.into_ball(ratio, bound)
+
+
+def test_noisy_sums_are_answered_as_noisy(monkeypatch):
+    # Without noise a denominator of 0 means that nothing was seen; with noise it means nothing.
+    seen, answer = [], reference.answer
+
+    def recorded(spec, *sums):
+        seen.append(spec.noise)
+        return answer(spec, *sums)
+
+    monkeypatch.setattr(reference, "answer", recorded)
+    jax.clear_caches()
+    rows = [row[None] for row in (QUERY, *ROWS)]
+    options = {"mechanism": GAUSSIAN_PROCESS, "rng": KEY, "queries": "public"}
+    dpfa_jax.private_attention(*rows, **options)
+    gaussian_process(*ROWS, rng=KEY).attend(QUERY)
+    memory = RandomFeatureMemory.release(
+        *ROWS, mechanism=FEATURES, rng=KEY, feature_rng=jax.random.key(1)
+    )
+    memory.attend(QUERY)
+    assert len(seen) == 3 and set(seen) == {"sums"}
 
 
 def test_gaussian_process_memory_answers_sums_plus_a_batch_factor_times_its_noise():

@@ -295,10 +295,16 @@ _SUMMED += ("float8 scores, causal, width 80",)
 def test_sums_lower_for_cuda_without_a_gpu(name):
     shapes, changes = CASES[name]
     operands = _operands(**shapes, flags=jnp.zeros((2, 1), jnp.int32))
+    # No noise is drawn, whatever the spec says: there is no key.
+    operands = operands._replace(noise_key=None)
     run = jax.jit(lambda operands: mosaic_gpu.sums(operands, _spec(changes)))
     text = run.trace(operands).lower(lowering_platforms=("cuda",)).as_text()
-    # No noise is drawn: what goes out is for the trusted side alone.
-    assert "dpfa_mosaic_forward_kernel_repair" in text and "row_noise" not in text
+    assert "dpfa_mosaic_forward_kernel_repair" in text
+
+
+def test_sums_without_a_public_reference_are_refused():
+    with pytest.raises(ValueError, match="score_cap"):
+        mosaic_gpu.sums(_operands(), _spec({"score_cap": None}))
 
 
 @pytest.mark.gpu

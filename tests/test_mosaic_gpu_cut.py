@@ -69,6 +69,13 @@ def test_more_registers_than_there_are_are_refused(registers, drawing, noise):
         mosaic_gpu.forward(_operands(), _spec(noise), shape=shape)
 
 
+def test_values_that_memory_would_flush_to_zero_are_refused():
+    operands = _operands(keys=1100, width=256)
+    run = jax.jit(lambda o: mosaic_gpu.forward(o, _spec({**NOISY, "ball": 2.0**-91}))[0])
+    with pytest.raises(ValueError, match="Scale the values"):
+        run.trace(operands)
+
+
 @pytest.mark.parametrize("changes", ({"stages": 1}, {"block_k": 160, "flush": 3}))
 def test_keys_that_no_thread_would_look_at_are_not_judged(changes):
     shape = mosaic_gpu.Shape(**changes)
@@ -229,7 +236,7 @@ def test_answers_are_the_same_bits_however_the_kernel_is_cut(name):
     "name",
     [
         *("several groups, causal", "several groups, narrow", "width 80", "rows", "wide"),
-        "wide, several groups, causal",
+        *("wide, several groups, causal", "wide, several runs"),
     ],
 )
 def test_answers_are_the_same_bits_however_many_tiles_a_block_takes(name, programs, monkeypatch):

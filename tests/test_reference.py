@@ -221,7 +221,7 @@ def test_what_is_released_lies_on_the_public_grid(noise):
 
 
 def test_a_noisy_denominator_of_zero_is_one_below_the_floor():
-    # On a public grid one in a few hundred is 0 where no record weighs much; every other backend
+    # On a public grid one in some thousands is 0 where no record weighs much; every other backend
     # divides by the floor, and so does the definition for a denominator beside it.
     spec = Spec(scale=1.0, score_cap=1.0, noise="sums", noise_std=1.0, denominator_std=1.0)
     spec = dataclasses.replace(spec, floor=2.0, ball=1e3)

@@ -307,6 +307,7 @@ def _attend(state, query, finite, settings):
     spec = Spec(
         scale=settings.scale,
         score_cap=None,
+        noise="sums",
         floor=process.floor,
         ball=settings.mechanism.value_bound,
     )

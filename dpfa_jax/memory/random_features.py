@@ -443,6 +443,7 @@ def _attend(sums, frequencies, query, finite, settings):
     spec = Spec(
         scale=settings.scale,
         score_cap=None,
+        noise="sums",
         floor=process.floor,
         ball=settings.mechanism.value_bound,
         denominator_std=1.0 if process.denominator_weight > 0 else math.inf,

@@ -25,8 +25,15 @@ _REGISTERS = 1 << 16
 ROW_BATCH = 4
 """Tiles whose denominators' noise is drawn at a time: by all of a warp's threads then."""
 
-_WIDEST_PIECE = 128
-"""Columns of values for which a thread's registers hold two sums; of an answer in shared memory."""
+_WIDEST_SUMS = 128
+"""Columns of values for which a thread's registers hold two sums."""
+
+_PIECE_BYTES = 256
+"""Of a row of what goes out, in shared memory."""
+
+_SMALLEST_BALL = 2.0**-90
+"""Bound of values below which sums that memory adds, subnormal numbers flushed to 0, could err by
+more than is charged (F4)."""
 
 _LONGEST_TABLE = 1 << 16
 """Tiles beyond which so many fall to each block of the grid that their order hardly matters."""
@@ -164,6 +171,18 @@ class Plan:
                 f"block_k={self.shape.block_k}, {group} keys."
             )
 
+        if self.sums and self.online:
+            raise ValueError(
+                "Expected a score_cap, got None: sums beside a running maximum cannot be added to "
+                "those of others. Pass the mechanism's cap."
+            )
+        if self.outside and (self.spec.ball or 1.0) < _SMALLEST_BALL:
+            raise ValueError(
+                f"Expected values bounded by 2**-90 or more for rows wider than {_WIDEST_SUMS}, "
+                f"got {self.spec.ball:g}: sums in memory have no smaller numbers. Scale the values "
+                "and their value_bound."
+            )
+
     @property
     def block_q(self) -> int:
         """Queries of one tile of the grid."""
@@ -269,19 +288,24 @@ class Plan:
     @property
     def outside(self) -> bool:
         """Whether the outer accumulator waits in global memory: registers have no room for it."""
-        return self.joins and self.value_width > _WIDEST_PIECE
+        return self.joins and self.value_width > _WIDEST_SUMS
 
     @property
     def piece(self) -> int:
         """Columns of what goes out that leave the registers at a time."""
-        widest = _WIDEST_PIECE // (1 + self.sums)
+        widest = _PIECE_BYTES // self.outgoing.itemsize
         fits = range(16, min(self.value_width, widest) + 1, 16)
         return max(width for width in fits if self.value_width % width == 0)
 
     @property
+    def outgoing(self) -> Any:
+        """Of what goes out."""
+        return jnp.dtype(jnp.float32) if self.sums else self.dtype
+
+    @property
     def staged(self) -> Matrix:
         """A piece of what goes out."""
-        return Matrix(self.piece, jnp.dtype(jnp.float32) if self.sums else self.dtype)
+        return Matrix(self.piece, self.outgoing)
 
     @property
     def cap(self) -> float:

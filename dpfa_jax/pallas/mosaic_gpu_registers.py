@@ -178,11 +178,11 @@ def fma(a, b, c):
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """How a matrix of 16-bit or 8-bit numbers lies in shared memory.
+    """How a matrix lies in shared memory.
 
     Attributes:
       width: columns, a multiple of 32 bytes of them.
-      dtype: bfloat16, float16 or float8_e4m3fn.
+      dtype: bfloat16, float16 or float8_e4m3fn; float32 of what is not multiplied.
     """
 
     width: int
