@@ -32,7 +32,7 @@ LAYERS = (
     " pallas.mosaic_gpu_rows",
     "pallas.accumulators",
     "pallas.mosaic_gpu_plan",
-    "pallas.mosaic_gpu_answers pallas.mosaic_gpu_copies",
+    "pallas.mosaic_gpu_answers pallas.mosaic_gpu_copies pallas.mosaic_gpu_memory",
     "accounting.convert accounting.subsample auditing clipping.certificate"
     " clipping._batch per_example.plan pallas.norms"
     " pallas.triton_kernels pallas.triton_records pallas.mosaic_gpu_kernels"

@@ -20,7 +20,8 @@ from dpfa_jax.pallas import triton
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
 from dpfa_jax.pallas.accumulators import rounding as rounding
 from dpfa_jax.pallas.mosaic_gpu_gradients import backward as backward
-from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape, buffers, scratch
+from dpfa_jax.pallas.mosaic_gpu_memory import buffers, scratch
+from dpfa_jax.pallas.mosaic_gpu_plan import LOG2_E, Plan, Shape
 from dpfa_jax.pallas.mosaic_gpu_records import narrow_records as narrow_records
 from dpfa_jax.pallas.mosaic_gpu_records import record_log_weights as record_log_weights
 from dpfa_jax.pallas.mosaic_gpu_records import value_log_weights as value_log_weights
