@@ -377,13 +377,29 @@ def test_a_backend_that_cannot_is_refused(monkeypatch):
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
         _ask((P(), ROWS, ROWS, P()), backend="mosaic_gpu")
     monkeypatch.setattr(mosaic_gpu, "_has_hopper", lambda: True)
-    run = sharded(INDEPENDENT, backend="mosaic_gpu")
-    narrow = [jnp.ones((2, 8 * length, 2, 64), jnp.bfloat16) for length in (8, 40, 40)]
-    text = jax.jit(run).trace(*narrow, KEY).lower(lowering_platforms=("cuda",)).as_text()
-    assert "dpfa_mosaic_forward_kernel" in text
     run = sharded(INDEPENDENT, backend="mosaic_gpu", is_causal=True)
     with pytest.raises(NotImplementedError, match="positions of a longer memory"):
-        jax.eval_shape(run, *narrow, KEY)
+        jax.eval_shape(run, *_narrow(40), KEY)
+
+
+def _narrow(length):
+    return [jnp.ones((2, SHARDS * length, 2, 64), jnp.bfloat16)] * 3
+
+
+@pytest.mark.parametrize("shard_queries", [False, True])
+@pytest.mark.parametrize("mechanism", [INDEPENDENT, CLIPPED])
+def test_hopper_kernels_lower_over_shards_with_their_gradients(
+    mechanism, shard_queries, monkeypatch
+):
+    monkeypatch.setattr(mosaic_gpu, "_has_hopper", lambda: True)
+    run = sharded(mechanism, shard_queries=shard_queries, backend="mosaic_gpu")
+
+    def loss(*given):
+        return jnp.sum(run(*given, KEY).astype(jnp.float32))
+
+    step = jax.jit(jax.grad(loss, (0, 1, 2)))
+    text = step.trace(*_narrow(512)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "dpfa_mosaic_forward_kernel" in text and "dpfa_mosaic_gradient_kernel" in text
 
 
 def test_lengths_of_single_shards_are_refused():

@@ -13,7 +13,7 @@ from dpfa_jax import random, reference
 pytestmark = pytest.mark.gpu
 
 KEY = jax.random.key(3)
-B, T, N, WIDTH, KEYS = 2, 256, 2, 64, 384  # keys of each GPU
+B, T, N, WIDTH, KEYS = 2, 512, 2, 64, 1032  # keys of each GPU: several groups
 # The Hopper kernels take no mask by position.
 BACKENDS = {"triton": {"is_causal": True}, "mosaic_gpu": {}}
 
