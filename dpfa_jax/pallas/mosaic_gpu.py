@@ -249,6 +249,16 @@ def _run(body, plan: Plan, inputs: dict, outputs: dict, scratch: dict, programs:
     return dict(zip(outputs, found, strict=True))
 
 
+def _launch(plan: Plan, inputs: dict, outputs: dict) -> dict:
+    """Runs the forward kernel: outputs by name, those of `buffers` among them."""
+    if plan.scheduled:
+        inputs["schedule"] = jnp.asarray(plan.schedule())
+    outputs |= {name: (size, jnp.float32) for name, size in buffers(plan).items()}
+    threads = plan.shape.compute + 1 + plan.noisy * plan.shape.drawing
+    memory = scratch(plan)
+    return _run(kernels.forward_kernel, plan, inputs, outputs, memory, plan.programs, threads)
+
+
 def forward(
     operands: Operands, spec: Spec, *, shape: Shape | None = None
 ) -> tuple[jax.Array, tuple]:
@@ -321,6 +331,8 @@ def _again(lost: jax.Array, found: Any, repair: Any, operands: Operands) -> Any:
 def sums(operands: Operands, spec: Spec, *, shape: Shape | None = None) -> tuple[tuple, tuple]:
     """N = Σ_j w_ij v_j and D = Σ_j w_ij against a public reference, as `forward` has them.
 
+    Not a release: they have no noise and never leave the trusted side.
+
     Args:
       operands: the call's arrays; a query that is not finite counts as a row of zeros.
       spec: scale, cap and masks; its noise is not used.
@@ -350,14 +362,10 @@ def _sums(operands: Operands, spec: Spec, shape: Shape, *, repairs: bool = False
     converts = operands.flags is not None
     plan, inputs = _plan(operands, spec, shape, converts=converts, summed=True)
     plan = dataclasses.replace(plan, repairs=repairs)
-    if plan.scheduled:
-        inputs["schedule"] = jnp.asarray(plan.schedule())
     rows = (plan.batch, plan.heads, plan.query_blocks * plan.block_q)
     answer = (*inputs["query"].shape[:3], plan.value_width)
-    outputs = {"out": answer, "mass": rows, "mass_low": rows} | buffers(plan)
-    outputs = {name: (size, jnp.float32) for name, size in outputs.items()}
-    threads, memory = shape.compute + 1, scratch(plan)
-    found = _run(kernels.forward_kernel, plan, inputs, outputs, memory, plan.programs, threads)
+    outputs = {"out": answer, "mass": rows, "mass_low": rows}
+    found = _launch(plan, inputs, {name: (size, jnp.float32) for name, size in outputs.items()})
     numerator = found["out"][:, : plan.queries, :, : operands.value.shape[3]]
     return numerator, *(found[name][:, :, : plan.queries] for name in ("mass", "mass_low"))
 
@@ -374,8 +382,6 @@ def _forward(
     plan = dataclasses.replace(plan, repairs=repairs, judges=flags is not None)
     if plan.noisy:
         inputs["noise_key"] = operands.noise_key
-    if plan.scheduled:
-        inputs["schedule"] = jnp.asarray(plan.schedule())
     rows = (plan.batch, plan.heads, plan.query_blocks * plan.block_q)
     bound = spec.ball if spec.ball is not None else spec.row_clip
     answer = (*inputs["query"].shape[:3], plan.value_width)
@@ -389,10 +395,7 @@ def _forward(
     if flags is not None:
         inputs["flags"] = flags.reshape(-1)
         outputs["bad_keys"] = ((plan.programs, 4), jnp.int32)
-    outputs |= {name: (size, jnp.float32) for name, size in buffers(plan).items()}
-    threads = shape.compute + 1 + plan.noisy * shape.drawing
-    memory = scratch(plan)
-    found = _run(kernels.forward_kernel, plan, inputs, outputs, memory, plan.programs, threads)
+    found = _launch(plan, inputs, outputs)
     queries, width = plan.queries, operands.value.shape[3]
     out, clean = (
         found[name][:, :queries, :, :width]

@@ -294,6 +294,8 @@ def forward(
 def sums(operands: Operands, spec: Spec, *, tile: tiling.Tile | None = None) -> tuple[tuple, tuple]:
     """N = Σ_j w_ij v_j and D = Σ_j w_ij against a public reference, as `forward` has them.
 
+    Not a release: they have no noise and never leave the trusted side.
+
     Args:
       operands: the call's arrays; a query that is not finite counts as a row of zeros.
       spec: scale, cap and masks; its noise is not used.
