@@ -25,7 +25,7 @@ export PYTHONNOUSERSITE := 1
 
 help:
 	@echo "make demo       private memories on real records: table and figure, under 3 minutes"
-	@echo "make test       lint, then every test that is not slow, about 15 minutes on 2 cores"
+	@echo "make test       lint, then every test that is not slow, under 20 minutes on 2 cores"
 	@echo "make test-slow  the long statistical tests"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU, with the machine's own python3"
 	@echo "make sanitize   compute-sanitizer over the kernels, on an NVIDIA GPU, about a minute"
