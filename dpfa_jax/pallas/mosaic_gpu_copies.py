@@ -111,7 +111,8 @@ def copy_loop(plan: Plan, refs):
             full = refs["k_full"].at[slot]
             plgpu.copy_gmem_to_smem(refs["key"].at[memory, keys, kv_head], refs["k"].at[slot], full)
             row = refs["offsets"].at[shared_index(plan.offsets, batch), kv_head, keys]
-            plgpu.copy_gmem_to_smem(row, refs["offset"].at[slot], full)
+            place = ring_slot(step, plan.offset_slots)
+            plgpu.copy_gmem_to_smem(row, refs["offset"].at[place], full)
             if plan.judges:
                 # Places of values are free about a tile later than those of keys.
                 pl.when(step > 0)(lambda: judge(step - 1, ours))

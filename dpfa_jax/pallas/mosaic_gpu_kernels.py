@@ -140,16 +140,17 @@ def _sums(plan: Plan, refs, wg, place, step):
             # Keys may stay as they are: a weight of 0 is 0 whatever the score.
             tile_rows.clear_unfinite(refs["v"].at[slot], matrices[1])
 
-    def seen(i, slot, scores, masked):
+    def seen(i, scores, masked):
         """Scores of pairs that may meet, and the keys' offsets."""
         if masked:
             key_start = (low + count - 1 - i) * plan.shape.block_k
             allowed = _visible(plan, start, key_start, refs, batch, query_ids)
             scores = jnp.where(allowed, scores, -jnp.inf)
-        return scores, plgpu.load(refs["offset"].at[slot], layout=COLUMN, optimized=False)
+        place = copies.ring_slot(step + i, plan.offset_slots)
+        return scores, plgpu.load(refs["offset"].at[place], layout=COLUMN, optimized=False)
 
     def weigh(i, slot, scores, mass, best, masked):
-        scores, offset = seen(i, slot, scores, masked)
+        scores, offset = seen(i, scores, masked)
         shrink = None
         if plan.online:
             weights, mass, best, shrink = blocks.online_weights(
@@ -199,7 +200,7 @@ def _sums(plan: Plan, refs, wg, place, step):
             weights, part, best, shrink = weigh(i, slot, scores, mass[0], best, masked)
             summed = products.finish(summed, rounded, None if early is None else part, turns)
         else:
-            scores, offset = seen(i, slot, scores, masked)
+            scores, offset = seen(i, scores, masked)
             arrive("k_empty", slot)
             given, shrink = (scores, offset, mass[0], summed, rounded), None
             weights, part, summed = blocks.weights_around(
@@ -273,7 +274,8 @@ def _sums(plan: Plan, refs, wg, place, step):
     total = products.started(refs["v"].at[slot], rounded, total, adds(count - 1), matrices[1])
     # Read beside the last products, which take as long.
     lost = tile_rows.unfinite(given, plan.given) if plan.marks else None
-    total = products.finish(total, rounded, None, False)
+    # What is read has arrived before the next queries may take its place.
+    total = products.finish(total, rounded, lost, False)
     arrive("q_empty", wg)
     arrive("v_empty", slot)
     if plan.joins:

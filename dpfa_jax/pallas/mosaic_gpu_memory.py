@@ -23,7 +23,7 @@ def scratch(plan: Plan) -> dict:
         "q": shared((shape.compute, ROWS, plan.key_width), rows.dtype, key),
         "k": shared((shape.stages, shape.block_k, plan.key_width), rows.dtype, key),
         "v": shared((shape.stages, shape.block_k, plan.value_width), plan.dtype, value),
-        "offset": shared((shape.stages, shape.block_k), jnp.float32),
+        "offset": shared((plan.offset_slots, shape.block_k), jnp.float32),
         "stage": stage,
         "q_full": plgpu.Barrier(num_barriers=shape.compute),
         "q_empty": plgpu.Barrier(num_barriers=shape.compute),

@@ -189,10 +189,14 @@ def noise_kept(ref, width: int):
     def run(_, ref):
         place = own_place(ref)
         found: list[Any] = [None] * (ROWS * width // rg.WARPGROUP)
+        firsts = []
         for index, (chunk, half, pair) in enumerate(_vectors(width)):
             first_pair = chunk * _CHUNK // 8 + pair
-            for number, value in enumerate(load_four(*place, index * STRIDE)):
+            four = load_four(*place, index * STRIDE)
+            firsts.append(four[0])
+            for number, value in enumerate(four):
                 found[(2 * (first_pair + number // 2) + half) * 2 + number % 2] = value
+        rg.arrived(firsts)
         return rg.from_numbers(found, (ROWS, width), rg.TILE)
 
     return run(ref)
@@ -259,6 +263,7 @@ def rows_kept(ref):
         for half in range(2):
             text = f"ld.relaxed.gpu.global.f32 $0, [$1+{32 * half}];"
             found.append(rg.asm(rg.f32(), [address], text, "=f,l,~{memory}", effects=True))
+        rg.arrived(found)
         return rg.from_numbers(found, (ROWS,), rg.ROW)
 
     return run(ref)

@@ -290,6 +290,16 @@ class Plan:
         return self.joins and self.value_width > _WIDEST_SUMS
 
     @property
+    def offset_slots(self) -> int:
+        """Key tiles whose offsets are in shared memory: a power of 2, more than there are stages.
+
+        A thread says that it is done with a tile's keys when its offsets may still be on their way
+        to its registers: only that the weights of the tile before are made is sure then. The copy
+        that follows may write over the offsets of such a tile, not over those of this one.
+        """
+        return 1 << self.shape.stages.bit_length()
+
+    @property
     def piece(self) -> int:
         """Columns of what goes out that leave the registers at a time."""
         widest = _PIECE_BYTES // self.outgoing.itemsize

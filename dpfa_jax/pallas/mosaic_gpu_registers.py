@@ -171,6 +171,20 @@ def approximate(name, x):
     return asm(f32(), [x], f"{name}.approx.ftz.f32 $0, $1;", "=f,f")
 
 
+def arrived(numbers):
+    """Waits for finite float32 values that were loaded: a barrier's arrival does not.
+
+    What a thread says at a barrier overtakes its loads from shared memory, which wait while the
+    matrix unit reads there. The store, of what cannot be, never happens, but it wants the numbers,
+    and the assembler leaves it before what comes after.
+    """
+    text = "{ .reg .pred p; .reg .f32 t; .reg .b32 a; mov.f32 t, $0;"
+    text += "".join(f" max.f32 t, t, ${i};" for i in range(1, len(numbers)))
+    text += " setp.gt.f32 p, t, 0f7F7FFFFF; mov.b32 a, 0; @p st.shared.f32 [a], t; }"
+    kinds = ",".join(["f"] * len(numbers) + ["~{memory}"])
+    asm(ir.Type.parse("!llvm.void"), list(numbers), text, kinds, effects=True)
+
+
 def fma(a, b, c):
     """a·b + c, rounded once."""
     return llvm.intr_fma(a, b, c)
