@@ -31,6 +31,7 @@ LAYERS = (
     "lattice pallas.mosaic_gpu_blocks pallas.mosaic_gpu_masks pallas.mosaic_gpu_noise"
     " pallas.mosaic_gpu_rows",
     "pallas.accumulators",
+    "pallas.mosaic_gpu_shares",
     "pallas.mosaic_gpu_plan",
     "pallas.mosaic_gpu_answers pallas.mosaic_gpu_copies pallas.mosaic_gpu_memory",
     "accounting.convert accounting.subsample auditing clipping.certificate"
@@ -40,7 +41,7 @@ LAYERS = (
     "per_example.norms",
     "per_example.rules per_example.keep",
     "pallas.triton_gradients pallas.triton_calls pallas.mosaic_gpu_gradient_kernels"
-    " pallas.mosaic_gpu_records"
+    " pallas.mosaic_gpu_records pallas.mosaic_gpu_columns"
     " clipping.groups clipping.adaptive",
     "per_example.evaluate clipping.bounded",
     "per_example",

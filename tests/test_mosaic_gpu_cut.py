@@ -214,7 +214,8 @@ def test_key_ranges_are_the_same_in_both_arithmetics():
 def test_answers_are_the_same_bits_however_the_kernel_is_cut(name):
     shapes, changes = CASES[name]
     operands, spec = _operands(**shapes), _spec({**changes, "on_grid": True})
-    shape = mosaic_gpu.cut(operands, spec)
+    # Which tiles are shared hangs on their order, and their rounding on that.
+    shape = dataclasses.replace(mosaic_gpu.cut(operands, spec), shares=False)
     changes = [{"nearby": 0}, {"nearby": 1 << 30}, {"turns": True}]
     changes += [{"early": early} for early in (None, 0, 4, 20, shape.block_k // 2)]
     if operands.value.shape[3] > 64:
@@ -242,9 +243,11 @@ def test_answers_are_the_same_bits_however_the_kernel_is_cut(name):
 def test_answers_are_the_same_bits_however_many_tiles_a_block_takes(name, programs, monkeypatch):
     shapes, changes = CASES[name]
     operands, spec = _operands(**shapes), _spec({**changes, "on_grid": True})
+    shape = dataclasses.replace(mosaic_gpu.cut(operands, spec), shares=False)
 
     def run():
-        return jax.tree.leaves(jax.jit(lambda o: mosaic_gpu.forward(o, spec))(operands))
+        run = jax.jit(lambda o: mosaic_gpu.forward(o, spec, shape=shape))
+        return jax.tree.leaves(run(operands))
 
     wanted = run()
     monkeypatch.setattr(mosaic_gpu, "_PROGRAMS", programs)

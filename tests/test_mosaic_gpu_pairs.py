@@ -155,3 +155,69 @@ def test_sums_in_memory_are_those_of_registers(monkeypatch, runs, paired):
             joined = mosaic_gpu_kept.joined(total, wanted, number > 0)
             mosaic_gpu_kept.keep(joined, wanted)
     assert len(far.words) == (1 + paired) * COUNT and far.words == wanted.words
+
+
+class _Shared:
+    """A warpgroup's buffer in bytes, for one thread at a time."""
+
+    def __init__(self):
+        self.words, self.thread = {}, 0
+
+    def access(self, text, operands):
+        at = re.search(r"\[\$\d\+(\d+)\]", text)
+        assert at is not None
+        place, four = operands[0] + int(at[1]), ".v4." in text
+        places = [place + 4 * i for i in range(4 if four else 1)]
+        if text.startswith("st."):
+            for where, number in zip(places, operands[1:], strict=True):
+                # The four threads of a row may write it, with the same number.
+                assert self.words.setdefault(where, number) == number
+            return None
+        assert text.startswith("ld.relaxed.gpu.global.")
+        found = [self.words[where] for where in places]
+        return found if four else found[0]
+
+
+def test_shares_wait_where_another_block_reads_them(monkeypatch):
+    _operations(monkeypatch)
+    memory = _Shared()
+    whole = {
+        "addi": lambda a, b: a + b,
+        "shli": lambda a, b: a << b,
+        "shrui": lambda a, b: a >> b,
+        "andi": lambda a, b: a & b,
+        "extui": lambda kind, a: a,
+    }
+    for name, operation in whole.items():
+        monkeypatch.setattr(rg.arith, name, operation, raising=False)
+    monkeypatch.setattr(rg, "integer", int)
+    monkeypatch.setattr(rg, "thread", lambda: memory.thread)
+    monkeypatch.setattr(rg, "asm", lambda kind, given, text, *_, **__: memory.access(text, given))
+    mosaic_gpu_kept.ir.IntegerType = types.SimpleNamespace(get_signless=lambda bits: None)
+    mosaic_gpu_kept.llvm.ptrtoint = lambda kind, pointer: 0
+    utils = types.SimpleNamespace(memref_ptr=lambda ref: None)
+    monkeypatch.setattr(mosaic_gpu_kept, "mgpu", types.SimpleNamespace(utils=utils))
+    monkeypatch.setattr(
+        mosaic_gpu_kept, "own_place", lambda ref: ("global", 16 * memory.thread, "l")
+    )
+    draw = np.random.default_rng(0)
+    tiles = draw.standard_normal((rg.WARPGROUP, COUNT)).astype(np.float32)
+    high, low = draw.standard_normal((2, rg.ROWS)).astype(np.float32) * [[1], [2.0**-25]]
+    high, low = high.astype(np.float32), low.astype(np.float32)
+    # Where the matrix unit puts rows: thread 32w + l has rows 16w + l/4 and that + 8.
+    rows = [16 * (t // 32) + t % 32 // 4 + np.array([0, 8]) for t in range(rg.WARPGROUP)]
+    for memory.thread in range(rg.WARPGROUP):
+        mine = rows[memory.thread]
+        mosaic_gpu_kept.keep_share(_Tile(tiles[memory.thread]), high[mine], low[mine], memory)
+    size = rg.ROWS * WIDTH + mosaic_gpu_kept.SHARE_WORDS
+    assert sorted(memory.words) == list(range(0, 4 * size, 4))
+    more, less = np.float32(0.7), np.float32(2.0**-26)
+    for memory.thread in range(rg.WARPGROUP):
+        mine, own = rows[memory.thread], _Tile([np.float32(1)] * COUNT)
+        total, sums, rest = mosaic_gpu_kept.joined_share(own, [more] * 2, [less] * 2, memory)
+        np.testing.assert_array_equal(total, np.float32(1) + tiles[memory.thread])
+        for found, lower, row in zip(sums, rest, mine, strict=True):
+            wanted = sum(Fraction(float(x)) for x in (high[row], low[row], more, less))
+            # All that is lost is what low words round, none above 2⁻²².
+            error = Fraction(float(found)) + Fraction(float(lower)) - wanted
+            assert abs(error) <= 2 * Fraction(2) ** (-24 - 22)

@@ -1,6 +1,8 @@
 """What the rounding of the Hopper kernel's sums costs: few hundred keys in one accumulator."""
 
+import itertools
 import math
+from collections.abc import Sequence
 
 from dpfa_jax import _check
 from dpfa_jax.pallas.tiling import WEIGHT_ERROR, WEIGHT_ROUNDOFF
@@ -43,14 +45,36 @@ def sums_rounding(keys: int) -> float:
     keys = _check.integer("keys", keys, low=1, high=LONGEST)
     steps = -(-min(GROUP_KEYS, keys) // _STEP_KEYS)
     within = 2 * _STEP_ERROR * _STEP_KEYS * steps * (steps + 1) / 2
+    return 1.01 * (within + 2 * _UNIT * _joined_keys(keys, keys >= PAIRED_FROM))
+
+
+def _joined_keys(keys: int, paired: bool) -> float:
+    """Keys in the partial sums that joins round, those of the groups and runs of one record."""
     groups = min(-(-keys // SHORTEST_GROUP), RUN_GROUPS + 1) + 1
     partial = sum(min(k * GROUP_KEYS, keys) for k in range(2, groups + 1))
     runs = -(-keys // (RUN_GROUPS * SHORTEST_GROUP)) + 1
-    if keys >= PAIRED_FROM:
-        partial += keys + _UNIT * keys * runs * (runs + 1) / 2
-    elif keys > RUN_GROUPS * SHORTEST_GROUP:
+    if paired:
+        return partial + keys + _UNIT * keys * runs * (runs + 1) / 2
+    if keys > RUN_GROUPS * SHORTEST_GROUP:
         partial += sum(min(k * RUN_GROUPS * GROUP_KEYS, keys) for k in range(2, runs + 1))
-    return 1.01 * (within + 2 * _UNIT * partial)
+    return partial
+
+
+def split_is_charged(parts: Sequence[int]) -> bool:
+    """Whether sums of parts of a memory, added up one after another, round by what is charged.
+
+    Args:
+      parts: rows of each part, in the order in which they are added up.
+
+    Returns:
+      True if the sums of all differ by at most `sums_rounding` of the memory's rows.
+
+    Guarantee: F4 (accumulators.md).
+    """
+    keys = sum(parts)
+    paired = keys >= PAIRED_FROM
+    joins = sum(itertools.accumulate(parts)) - parts[0]
+    return _joined_keys(max(parts), paired) + joins <= _joined_keys(keys, paired)
 
 
 def rounding(keys: int) -> float:

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dpfa_jax import _primitives, float8
 from dpfa_jax._typing import Operands, Spec
 from dpfa_jax.doubleword import two_sum
+from dpfa_jax.pallas import mosaic_gpu_columns as columns
 from dpfa_jax.pallas import mosaic_gpu_kernels as kernels
 from dpfa_jax.pallas import triton
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, LONGEST
@@ -210,7 +211,10 @@ def _plan(
         marks=spec.mark_queries and operands.flags is not None and not summed,
         sums=summed,
     )
-    plan = dataclasses.replace(plan, programs=min(plan.programs, plan.tiles))
+    if plan.dealt() is None:
+        plan = dataclasses.replace(plan, programs=min(plan.programs, plan.tiles))
+    else:
+        plan = dataclasses.replace(plan, splits=True)
     inputs = {"query": query, "key": key, "value": value, "offsets": offsets}
     if plan.segments:
         widths = ((0, 0), (0, plan.query_blocks * plan.block_q - plan.queries))
@@ -250,13 +254,42 @@ def _run(body, plan: Plan, inputs: dict, outputs: dict, scratch: dict, programs:
 
 
 def _launch(plan: Plan, inputs: dict, outputs: dict) -> dict:
-    """Runs the forward kernel: outputs by name, those of `buffers` among them."""
+    """Runs the forward kernel: outputs by name, and whether `bad_keys` were found if it judges."""
+    if not plan.splits:
+        return _launched(plan, inputs, outputs)
+
+    @jax.custom_batching.custom_vmap
+    def run(inputs):
+        return _launched(plan, inputs, outputs)
+
+    @run.def_vmap
+    def batched(size, is_batched, inputs):
+        # Examples of a batch would count in the same counters.
+        whole = dataclasses.replace(plan, splits=False, programs=min(plan.programs, plan.tiles))
+        axes = tuple(jax.tree.map(lambda batched: 0 if batched else None, is_batched))
+        each = jax.vmap(lambda inputs: _launched(whole, inputs, outputs), axes, axis_size=size)
+        found = each(inputs)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return run(inputs)
+
+
+def _launched(plan: Plan, inputs: dict, outputs: dict) -> dict:
+    inputs, names = dict(inputs), list(outputs)
     if plan.scheduled:
         inputs["schedule"] = jnp.asarray(plan.schedule())
-    outputs |= {name: (size, jnp.float32) for name, size in buffers(plan).items()}
+    if plan.splits:
+        inputs["shares"] = jnp.asarray(plan.dealt())
+    if plan.judges:
+        outputs = {**outputs, "bad_keys": ((plan.programs, 4), jnp.int32)}
+    outputs = outputs | {name: (size, jnp.float32) for name, size in buffers(plan).items()}
     threads = plan.shape.compute + 1 + plan.noisy * plan.shape.drawing
     memory = scratch(plan)
-    return _run(kernels.forward_kernel, plan, inputs, outputs, memory, plan.programs, threads)
+    found = _run(kernels.forward_kernel, plan, inputs, outputs, memory, plan.programs, threads)
+    kept = {name: found[name] for name in names}
+    if plan.judges:
+        kept["bad_keys"] = jnp.any(found["bad_keys"] != 0)
+    return kept
 
 
 def forward(
@@ -279,7 +312,7 @@ def forward(
         return _forward(operands, spec, shape)[:2]
     out, residuals, found = _forward(operands, spec, shape)
     # The kernel that judges keys reports the flags as well.
-    lost = jnp.any((operands.flags if found is None else found) != 0)
+    lost = jnp.any(operands.flags != 0) if found is None else found
     known = None if spec.mark_queries else _known(operands)
 
     # The clean answer is the answer but for "rows": what comes twice would be copied.
@@ -373,7 +406,7 @@ def _sums(operands: Operands, spec: Spec, shape: Shape, *, repairs: bool = False
 def _forward(
     operands: Operands, spec: Spec, shape: Shape, *, repairs: bool = False
 ) -> tuple[jax.Array, tuple, jax.Array | None]:
-    """The answer, residuals, and what the kernel reports: not 0 where a record is not finite."""
+    """The answer, residuals, and whether a record is not finite, where the kernel judges keys."""
     # Without flags contributions may be clipped by `column_squares`, whose scores have to be these
     # bit for bit: both then get queries that were rounded once, outside.
     plan, inputs = _plan(operands, spec, shape, converts=operands.flags is not None)
@@ -394,7 +427,6 @@ def _forward(
         outputs["clean"] = outputs["out"]
     if flags is not None:
         inputs["flags"] = flags.reshape(-1)
-        outputs["bad_keys"] = ((plan.programs, 4), jnp.int32)
     found = _launch(plan, inputs, outputs)
     queries, width = plan.queries, operands.value.shape[3]
     out, clean = (
@@ -423,7 +455,7 @@ def column_squares(operands: Operands, spec: Spec) -> jax.Array:
     padded = plan.key_blocks * plan.shape.block_k
     outputs = {"squares": ((plan.batch, kv_heads, 8, padded), jnp.float32)}
     programs = plan.key_blocks * kv_heads * plan.batch
-    memory = kernels.column_scratch(plan)
-    found = _run(kernels.column_kernel, plan, inputs, outputs, memory, programs, 2)
+    memory = columns.column_scratch(plan)
+    found = _run(columns.column_kernel, plan, inputs, outputs, memory, programs, 2)
     squares = jnp.sum(found["squares"], axis=2)[:, :, : plan.keys]
     return jnp.swapaxes(squares, 1, 2)

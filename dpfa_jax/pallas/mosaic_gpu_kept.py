@@ -212,3 +212,119 @@ def joined_pair(tile, ref, written):
         return rg.from_numbers(found, tile.shape, rg.TILE)
 
     return run(tile, ref, written)
+
+
+SHARE_WORDS = 2 * rg.ROWS
+"""Numbers of a share's denominators: both words of each row."""
+
+
+def _row_place(ref, width: int):
+    """Address of the word of this thread's first row behind a tile in a warpgroup's buffer."""
+    row, _ = rg.lane_place()
+    i64 = ir.IntegerType.get_signless(64)
+    base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+    place = arith.addi(row, rg.integer(rg.ROWS * width))
+    return arith.addi(base, arith.extui(i64, arith.shli(place, rg.integer(2))))
+
+
+_ROW_OFFSETS = tuple(4 * (rg.ROWS * word + 8 * half) for word in range(2) for half in range(2))
+"""In bytes, from there: the high words of both rows of a thread, then the low ones."""
+
+
+def keep_share(total, high, low, ref):
+    """Writes a share's sums, which `joined_share` reads in another block of the grid.
+
+    Args:
+      total: (64, width) float32.
+      high: (64,) float32, of the sums of weights, the same in a row's four threads.
+      low: as `high`, the other words.
+      ref: (64·width + `SHARE_WORDS`,) float32 in global memory.
+    """
+
+    @rg.inline(arg_types=(rg.TILE, rg.ROW, rg.ROW, plgpu.RefType()))
+    def run(_, total, high, low, ref):
+        place, numbers = own_place(ref), rg.numbers(total)
+        for first in range(0, len(numbers), 4):
+            store_four(*place, first // 4 * STRIDE, numbers[first : first + 4])
+        rows, void = _row_place(ref, total.shape[1]), ir.Type.parse("!llvm.void")
+        words = rg.numbers(high) + rg.numbers(low)
+        for offset, word in zip(_ROW_OFFSETS, words, strict=True):
+            # All four threads of a row write the same.
+            text = f"st.relaxed.gpu.global.f32 [$0+{offset}], $1;"
+            rg.asm(void, [rows, word], text, "l,f,~{memory}", effects=True)
+
+    run(total, high, low, ref)
+
+
+def joined_share(total, high, low, ref):
+    """A share's sums plus those that `keep_share` wrote.
+
+    Args:
+      total: as of `keep_share`, like the others.
+      high: of the sums of weights.
+      low: the other words.
+      ref: its buffer.
+
+    Returns:
+      `total`, and both words of the sums of weights.
+    """
+    row = plgpu.ShapeDtypeStruct((rg.ROWS,), jnp.float32, rg.ROW)
+
+    @rg.inline(
+        arg_types=(rg.TILE, rg.ROW, rg.ROW, plgpu.RefType()),
+        return_type=(plgpu.ShapeDtypeStruct(total.shape, jnp.float32, rg.TILE), row, row),
+    )
+    def run(_, total, high, low, ref):
+        place, numbers, found = own_place(ref), rg.numbers(total), []
+        for first in range(0, len(numbers), 4):
+            four = load_four(*place, first // 4 * STRIDE)
+            found += [arith.addf(*x) for x in zip(numbers[first : first + 4], four, strict=True)]
+        rows, kind = _row_place(ref, total.shape[1]), "=f,l,~{memory}"
+        words = [
+            rg.asm(rg.f32(), [rows], f"ld.relaxed.gpu.global.f32 $0, [$1+{x}];", kind, effects=True)
+            for x in _ROW_OFFSETS
+        ]
+        sums = [rg.exact_sum(*x) for x in zip(rg.numbers(high), words[:2], strict=True)]
+        rest = [arith.addf(*x) for x in zip(rg.numbers(low), words[2:], strict=True)]
+        rest = [arith.addf(a, error) for a, (_, error) in zip(rest, sums, strict=True)]
+        return (
+            rg.from_numbers(found, total.shape, rg.TILE),
+            rg.from_numbers([x for x, _ in sums], (rg.ROWS,), rg.ROW),
+            rg.from_numbers(rest, (rg.ROWS,), rg.ROW),
+        )
+
+    return run(total, high, low, ref)
+
+
+def announce(counter):
+    """Says that a share's sums are written: each thread of its own.
+
+    Args:
+      counter: int32 in global memory, 0 when the kernel starts.
+    """
+
+    @rg.inline(arg_types=(plgpu.RefType(),))
+    def run(_, counter):
+        text, void = "red.release.gpu.global.add.u32 [$0], 1;", ir.Type.parse("!llvm.void")
+        rg.asm(void, [_word(counter)], text, "l,~{memory}", effects=True)
+
+    run(counter)
+
+
+def await_share(counter):
+    """Waits until all threads have announced a share's sums, which may be read then."""
+
+    @rg.inline(arg_types=(plgpu.RefType(),))
+    def run(_, counter):
+        text = (
+            "{ .reg .pred p; .reg .b32 a; again: ld.acquire.gpu.global.u32 a, [$0];"
+            f" setp.lo.u32 p, a, {rg.WARPGROUP}; @p bra again; }}"
+        )
+        text = text.replace("again", "again_${:uid}")
+        rg.asm(ir.Type.parse("!llvm.void"), [_word(counter)], text, "l,~{memory}", effects=True)
+
+    run(counter)
+
+
+def _word(ref):
+    return llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(ref))

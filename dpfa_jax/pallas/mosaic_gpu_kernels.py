@@ -6,6 +6,7 @@ unit makes the weights of the next. Keys are read from the last tile that a quer
 first, so that the tile on the diagonal comes before the loop.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,8 +26,6 @@ from dpfa_jax.pallas import mosaic_gpu_rows as tile_rows
 from dpfa_jax.pallas.accumulators import RUN_GROUPS
 from dpfa_jax.pallas.mosaic_gpu_plan import ROW_BATCH, Plan
 from dpfa_jax.pallas.mosaic_gpu_registers import COLUMN, ROW, ROWS, TILE, uniform
-
-_PAIR = 2
 
 
 def _noise_buffer(plan: Plan, refs, slot, wg):
@@ -60,12 +59,12 @@ def _noise_loop(plan: Plan, refs, first):
         """Noise of the denominators of this tile and the ones after it."""
         places = []
         for later in range(ROW_BATCH):
-            block, head, batch = plan.place(copies.tile_number(plan, refs, index + later))
+            block, head, batch = plan.place(copies.answer_number(plan, refs, index + later))
             places.append((batch, head, block * plan.block_q + first * ROWS))
         out = _row_places(plan, refs, first, index, ROW_BATCH)
         noise_blocks.row_noise(key, places, plan.served * ROWS, spec.denominator_std, out)
 
-    def tile(index, number, carry):
+    def tile(index, number):
         block, head, batch = plan.place(number)
         start = block * plan.block_q
         slot = copies.ring_slot(index, slots)
@@ -82,14 +81,24 @@ def _noise_loop(plan: Plan, refs, first):
             return carry
 
         if plan.served == 1:
-            return half(first, carry)
-        return lax.fori_loop(first, first + plan.served, half, carry)
+            half(first, jnp.int32(0))
+        else:
+            lax.fori_loop(first, first + plan.served, half, jnp.int32(0))
 
-    copies.each_tile(plan, refs, tile, jnp.int32(0))
+    copies.each_answer(plan, refs, tile)
 
 
-def _visible(plan: Plan, start, key_start, refs, batch, query_ids) -> Any:
-    """Boolean (64, block_k): pairs that may meet."""
+def visible(plan: Plan, start, key_start, refs, batch, query_ids) -> Any:
+    """Boolean (64, block_k): pairs that may meet, or None if all may.
+
+    Args:
+      plan: what is static.
+      start: of the queries' rows.
+      key_start: of the keys' rows.
+      refs: by name.
+      batch: of the queries.
+      query_ids: (64,) segments of the queries, where there are such.
+    """
     size = plan.shape.block_k
     left, right = plan.sides
     allowed = None
@@ -106,21 +115,24 @@ def _visible(plan: Plan, start, key_start, refs, batch, query_ids) -> Any:
     return allowed
 
 
-def _zeros(*shape):
+def zeros(*shape):
+    """Zeros as a warpgroup holds sums: (64,) or (64, columns) float32."""
     zeros = jnp.zeros(shape, jnp.float32)
     return plgpu.layout_cast(zeros, ROW if len(shape) == 1 else TILE)
 
 
-def _sums(plan: Plan, refs, wg, place, step):
-    """One warpgroup's sums over all keys that its tile sees.
+def _sums(plan: Plan, refs, wg, work: copies.Work, step):
+    """One warpgroup's sums over all keys that its tile sees, or over a share of them.
 
     Returns:
       (64, h), (64,) and its low word, running maxima, NaN where the query is not finite or None,
       next step.
     """
-    block, _, batch = place
+    block, _, batch = plan.place(work.tile)
     step = uniform(step)
-    low, count = plan.key_range(block)
+    low, count = work.first, work.count
+    if work.row is not None:
+        count = uniform(count)
     start = block * plan.block_q + wg * ROWS
     stages, flush = plan.shape.stages, plan.shape.flush
     query_ids = None
@@ -144,7 +156,7 @@ def _sums(plan: Plan, refs, wg, place, step):
         """Scores of pairs that may meet, and the keys' offsets."""
         if masked:
             key_start = (low + count - 1 - i) * plan.shape.block_k
-            allowed = _visible(plan, start, key_start, refs, batch, query_ids)
+            allowed = visible(plan, start, key_start, refs, batch, query_ids)
             scores = jnp.where(allowed, scores, -jnp.inf)
         place = copies.ring_slot(step + i, plan.offset_slots)
         return scores, plgpu.load(refs["offset"].at[place], layout=COLUMN, optimized=False)
@@ -175,13 +187,13 @@ def _sums(plan: Plan, refs, wg, place, step):
     wait("k_full", slot)
     scores = products.scores(query, refs["k"].at[slot], matrices[0])
     on_diagonal = plan.masked or plan.sides[1] is not None
-    none = _zeros(ROWS)
+    none = zeros(ROWS)
     best = none - 1e30
     weights, mass, best, _ = weigh(jnp.int32(0), slot, scores, none, best, on_diagonal)
     rounded = blocks.rounded(weights, plan.dtype)
 
-    def one(i, carry, masked=plan.masked):
-        """Sums of key tile i-1, weights of key tile i."""
+    def one(i, carry, begun: Any = 0, masked=plan.masked):
+        """Sums of key tile i-1, weights of key tile i; the accumulator's first one is `begun`."""
         rounded, total, outer, mass, best = carry
         slot, before = copies.ring_slot(step + i, stages), copies.ring_slot(step + i - 1, stages)
         wait("k_full", slot)
@@ -190,7 +202,7 @@ def _sums(plan: Plan, refs, wg, place, step):
             *places,
             rounded,
             total,
-            adds(i - 1),
+            (i - 1 > begun).astype(jnp.int32),
             *matrices,
             lambda: wait_values(before),
             plan.shape.turns,
@@ -212,16 +224,11 @@ def _sums(plan: Plan, refs, wg, place, step):
             summed = blocks.scaled(summed, shrink)
         return new, summed, outer, (part, *mass[1:]), best
 
-    def adds(i):
-        """Whether key tile i joins the ones before it in one accumulator."""
-        first = lax.rem(i, jnp.int32(flush)) if plan.joins else i
-        return (first > 0).astype(jnp.int32)
-
     outer = outside = None
     if plan.outside:
         outside = refs["outer"].at[lax.axis_index("program"), wg]
     elif plan.joins:
-        outer = _zeros(ROWS, plan.value_width)
+        outer = zeros(ROWS, plan.value_width)
     far = refs["far"].at[lax.axis_index("program"), wg] if plan.regroups else None
     mass = (mass, none, none) if plan.joins else (mass,)
     carry = (rounded, products.unset(plan.value_width), outer, mass, best)
@@ -229,12 +236,14 @@ def _sums(plan: Plan, refs, wg, place, step):
     if plan.edge > 1 and plan.key_blocks > 1:
         carry = one(jnp.int32(1), carry, masked=True)
         first = 2
-    begin, done = jnp.int32(first), jnp.int32(0)
+    begin, begun, done = jnp.int32(first), jnp.int32(0), jnp.int32(0)
     if plan.joins:
 
         def group(g, carry):
-            end = (g + 1) * flush + 1
-            carry = lax.fori_loop(jnp.maximum(g * flush + 1, first), end, one, carry)
+            start = g * flush
+            step = functools.partial(one, begun=start)
+            begin = jnp.maximum(start + 1, first)
+            carry = lax.fori_loop(begin, start + flush + 1, step, carry)
             rounded, total, outer, (part, high, low), best = carry
             mass = (none, *add_word(high, low, part))
             # The accumulator is only read: one that a thread writes holds up the matrix unit.
@@ -266,12 +275,14 @@ def _sums(plan: Plan, refs, wg, place, step):
             carry = lax.fori_loop(jnp.int32(0), runs, run, carry)
             done = runs * RUN_GROUPS
         carry = lax.fori_loop(done, whole, group, carry)
-        begin = jnp.maximum(whole * flush + 1, first)
-    carry = lax.fori_loop(begin, count, one, carry)
+        begun = whole * flush
+        begin = jnp.maximum(begun + 1, first)
+    carry = lax.fori_loop(begin, count, functools.partial(one, begun=begun), carry)
     rounded, total, outer, mass, best = carry
     slot = copies.ring_slot(step + count - 1, stages)
     wait_values(slot)
-    total = products.started(refs["v"].at[slot], rounded, total, adds(count - 1), matrices[1])
+    adds = (count - 1 > begun).astype(jnp.int32)
+    total = products.started(refs["v"].at[slot], rounded, total, adds, matrices[1])
     # Read beside the last products, which take as long.
     lost = tile_rows.unfinite(given, plan.given) if plan.marks else None
     # What is read has arrived before the next queries may take its place.
@@ -305,13 +316,46 @@ def _noise(plan: Plan, refs, wg, index):
     return noise, row
 
 
+def _joined(plan: Plan, refs, wg, others, place, total, mass):
+    """A share's sums plus those of so many blocks of the grid, up to those that wait at `place`."""
+
+    def join(number, sums):
+        total, high, low = sums
+        kept.await_share(refs["counters"].at[place - number, wg])
+        return kept.joined_share(total, high, low, refs[plan.part].at[place - number, wg])
+
+    total, high, low = lax.fori_loop(jnp.int32(0), others, join, (total, *mass))
+    return total, (high, low)
+
+
+def _keep(plan: Plan, refs, wg, place, total, mass):
+    """Leaves a share's sums to a later block of the grid."""
+    high, low = mass
+    kept.keep_share(total, high, low, refs[plan.part].at[place, wg])
+    kept.announce(refs["counters"].at[place, wg])
+
+
 def _compute_loop(plan: Plan, refs, wg):
     """One of the computing warpgroups."""
     staging = refs["stage"]
 
-    def tile(index, number, step):
-        block, head, batch = place = plan.place(number)
-        total, mass, best, lost, step = _sums(plan, refs, wg, place, step)
+    def whole(index, work, step):
+        total, mass, best, lost, step = _sums(plan, refs, wg, work, step)
+        answer(index, copies.tile_number(plan, refs, index), total, mass, best, lost)
+        return step
+
+    def share(index, work, step):
+        total, mass, best, lost, step = _sums(plan, refs, wg, work, step)
+        # Read again: kept over the sums they would take registers.
+        others, place = copies.others(refs, work.row)
+        total, mass = _joined(plan, refs, wg, others, place, total, mass)
+        pl.when(others < 0)(lambda: _keep(plan, refs, wg, place, total, mass))
+        index, tile = jnp.int32(plan.whole), copies.last_tile(refs)
+        pl.when(others >= 0)(lambda: answer(index, tile, total, mass, best, lost))
+        return step
+
+    def answer(index, tile, total, mass, best, lost):
+        block, head, batch = plan.place(tile)
         if plan.sums:
             found = answers.sums(plan, total, mass)
         else:
@@ -338,9 +382,11 @@ def _compute_loop(plan: Plan, refs, wg):
                 refs[name][batch, head, rows] = array
             else:
                 write(name, array)
-        return step
 
-    copies.each_tile(plan, refs, tile, jnp.int32(0))
+    step = copies.each_whole(plan, refs, whole, jnp.int32(0))
+    if plan.splits:
+        # Code of its own: how many key tiles a whole tile has is known when that is compiled.
+        copies.each_share(plan, refs, share, step)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -357,6 +403,9 @@ def forward_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
     thread = lax.axis_index("warpgroup")
     compute = plan.shape.compute
     registers = plan.shape.registers
+    if plan.splits:
+        kind = plgpu.SemaphoreType.REGULAR((plan.places, compute))
+        refs["counters"] = pl.get_global(kind)
 
     @pl.when(thread < compute)
     def _():
@@ -376,82 +425,3 @@ def forward_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
         def _():
             plgpu.set_max_registers(registers[2], action="decrease")
             _noise_loop(plan, refs, (thread - compute - 1) * plan.served)
-
-
-def column_scratch(plan: Plan) -> dict:
-    """Shared memory and barriers of `column_kernel`."""
-    rows = plan.matrices[0]
-    size, transforms = plan.shape.block_k, rows.transforms
-    return {
-        "q": plgpu.SMEM((_PAIR, 2, ROWS, plan.key_width), rows.dtype, transforms=transforms),
-        "k": plgpu.SMEM((size, plan.key_width), rows.dtype, transforms=transforms),
-        "offset": plgpu.SMEM((size,), jnp.float32),
-        "q_full": plgpu.Barrier(num_barriers=2 * _PAIR),
-        "k_full": plgpu.Barrier(num_arrivals=2),
-    }
-
-
-def column_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
-    """One tile of keys: Σ w² over the queries and heads that read it, as 4 sums a warpgroup.
-
-    The scores are those of `forward_kernel` bit for bit: the same products, the same way round.
-    """
-    refs = dict(zip(names, args, strict=True)) | shared
-    wg, size = lax.axis_index("warpgroup"), plan.shape.block_k
-    program = lax.axis_index("program")
-    key_block, rest = lax.rem(program, plan.key_blocks), lax.div(program, plan.key_blocks)
-    kv_heads = plan.heads // plan.group
-    kv_head, batch = lax.rem(rest, kv_heads), lax.div(rest, kv_heads)
-    memory, key_start = copies.shared_index(plan.memories, batch), key_block * size
-    keys = pl.ds(key_start, size)
-
-    @pl.when(wg == 0)
-    def _():
-        plgpu.copy_gmem_to_smem(refs["key"].at[memory, keys, kv_head], refs["k"], refs["k_full"])
-        row = refs["offsets"].at[copies.shared_index(plan.offsets, batch), kv_head, keys]
-        plgpu.copy_gmem_to_smem(row, refs["offset"], refs["k_full"])
-
-    tiles = -(-plan.queries // ROWS)
-    low = jnp.int32(0)
-    if plan.spec.is_causal:
-        low = jnp.minimum(lax.div(key_start, ROWS), tiles)
-    count = (tiles - low) * plan.group
-    mine = lax.div(count - wg + (_PAIR - 1), _PAIR)
-
-    def place(i):
-        number = i * _PAIR + wg
-        width = jnp.maximum(tiles - low, 1)
-        return (low + lax.rem(number, width)) * ROWS, kv_head * plan.group + lax.div(number, width)
-
-    def copy(i):
-        start, head = place(i)
-        slot = lax.rem(i, jnp.int32(2))
-        source = refs["query"].at[batch, pl.ds(start, ROWS), head]
-        full = refs["q_full"].at[2 * wg + slot]
-        plgpu.copy_gmem_to_smem(source, refs["q"].at[wg, slot], full)
-
-    pl.when(mine > 0)(lambda: copy(jnp.int32(0)))
-    plgpu.barrier_wait(refs["k_full"])
-    offset = plgpu.load(refs["offset"], layout=COLUMN, optimized=False)
-
-    def one(i, total):
-        pl.when(i + 1 < mine)(lambda: copy(i + 1))
-        slot = lax.rem(i, jnp.int32(2))
-        plgpu.barrier_wait(refs["q_full"].at[2 * wg + slot])
-        scores = products.scores(refs["q"].at[wg, slot], refs["k"], plan.matrices[0])
-        start, _ = place(i)
-        query_ids = None
-        if plan.segments:
-            source = refs["query_segments"].at[batch, pl.ds(start, ROWS)]
-            query_ids = plgpu.load(source, layout=ROW, optimized=False)
-        allowed = _visible(plan, start, key_start, refs, batch, query_ids)
-        if plan.queries % ROWS:
-            rows = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=TILE)
-            inside = rows < plan.queries - start
-            allowed = inside if allowed is None else allowed & inside
-        if allowed is not None:
-            scores = jnp.where(allowed, scores, -jnp.inf)
-        return blocks.squares(scores, offset, total, **plan.weighing)
-
-    total = lax.fori_loop(jnp.int32(0), mine, one, _zeros(ROWS, size))
-    blocks.write_column_sums(total, refs["squares"].at[batch, kv_head, pl.ds(4 * wg, 4), keys])

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dpfa_jax.pallas.mosaic_gpu_kept import SHARE_WORDS
 from dpfa_jax.pallas.mosaic_gpu_plan import Plan
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS
 
@@ -54,7 +55,11 @@ def buffers(plan: Plan) -> dict:
         found["outer"] = (plan.programs, shape.compute, ROWS * plan.value_width)
     if plan.regroups:
         words = 1 + plan.paired
-        found["far"] = (plan.programs, shape.compute, words * ROWS * plan.value_width)
+        size = words * ROWS * plan.value_width + SHARE_WORDS * (plan.part == "far")
+        found["far"] = (plan.programs, shape.compute, size)
+    if plan.part == "part":
+        size = ROWS * plan.value_width + SHARE_WORDS
+        found["part"] = (plan.places, shape.compute, size)
     if plan.row_noisy:
         rows = plan.row_ring * plan.served * ROWS
         found["row_noise"] = (plan.programs, shape.drawing, rows)

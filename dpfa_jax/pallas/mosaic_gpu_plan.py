@@ -10,13 +10,11 @@ import numpy as np
 from jax import lax
 
 from dpfa_jax._typing import Spec
+from dpfa_jax.pallas import mosaic_gpu_shares as shares
 from dpfa_jax.pallas.accumulators import GROUP_KEYS, PAIRED_FROM, RUN_GROUPS, SHORTEST_GROUP
 from dpfa_jax.pallas.mosaic_gpu_registers import ROWS, WARPGROUP, Matrix
 
 LOG2_E = math.log2(math.e)
-
-_OWN_TIME = 3
-"""What a query tile costs beside its key tiles, in key tiles."""
 
 _REGISTERS = 1 << 16
 """Of a multiprocessor."""
@@ -62,6 +60,8 @@ class Shape:
         the other makes weights.
       drawing: warpgroups that draw noise, each that of as many computing ones: a divisor of
         `compute`.
+      shares: whether blocks of the grid may share the keys of tiles that do not go round. No call
+        asks for it yet: its last form was compiled, and not run on a GPU.
     """
 
     block_k: int = 128
@@ -75,6 +75,7 @@ class Shape:
     early: int | None = None
     turns: bool = False
     drawing: int = 1
+    shares: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Plan:
       repairs: whether values that are not finite count as 0, and queries as rows of zeros.
       judges: whether the kernel reads `flags` and tells of keys that are not finite too.
       sums: whether the sums go out as they are, in float32, instead of an answer.
+      splits: whether blocks of the grid share the keys of tiles that do not go round.
     """
 
     spec: Spec
@@ -126,6 +128,7 @@ class Plan:
     repairs: bool = False
     judges: bool = False
     sums: bool = False
+    splits: bool = False
 
     def __post_init__(self):
         if self.shape.turns and self.shape.compute != 2:
@@ -384,7 +387,7 @@ class Plan:
         the grid the longest causal rows of every region.
         """
         blocks, *_ = self.place(np.arange(self.tiles, dtype=np.int32), np)
-        costs = self.key_range(blocks, np)[1] + _OWN_TIME
+        costs = self.key_range(blocks, np)[1] + shares.Costs().tile
         free = [(0, program) for program in range(self.programs)]
         mine: list[list[int]] = [[] for _ in free]
         for tile, cost in enumerate(costs.tolist()):
@@ -397,6 +400,45 @@ class Plan:
             row[0] = len(tiles)
             row[1 : 1 + len(tiles)] = tiles
         return table
+
+    @property
+    def whole(self) -> int:
+        """Whole tiles of a block of the grid, where others are split."""
+        return self.tiles // self.programs
+
+    def dealt(self) -> np.ndarray | None:
+        """What a block of the grid does beside whole tiles, as `mosaic_gpu_shares.dealt` says.
+
+        None where that would not be faster, nor under masks by position, which give tiles unequal
+        keys and have a schedule, nor for sums beside different maxima, which cannot be added.
+        """
+        if not self.shape.shares or self.online or self.sides != (None, None):
+            return None
+        alone = RUN_GROUPS * self.shape.flush if self._shares_in_far else None
+        tiles = self.whole * self.programs, self.tiles
+        size = self.key_blocks, self.keys, self.shape.block_k
+        costs = shares.WIDE if self.value_width > _WIDEST_SUMS else shares.Costs()
+        return shares.dealt(*tiles, self.programs, *size, alone, costs)
+
+    @property
+    def _shares_in_far(self) -> bool:
+        return self.regroups and not self.paired
+
+    @property
+    def part(self) -> str | None:
+        """Name of the memory where sums of a share wait.
+
+        After the whole tiles that of runs is free, but for a last share of a run or more.
+        """
+        if not self.splits:
+            return None
+        return "far" if self._shares_in_far else "part"
+
+    @property
+    def places(self) -> int:
+        """Where sums of shares wait."""
+        table = self.dealt()
+        return 0 if table is None else shares.places(table)
 
     def key_range(self, block, arithmetic=jnp):
         """First key tile that a query block sees, and how many: at least one.

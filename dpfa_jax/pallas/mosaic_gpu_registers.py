@@ -172,10 +172,10 @@ def approximate(name, x):
 
 
 def arrived(numbers):
-    """Waits for finite float32 values that were loaded: a barrier's arrival does not.
+    """Waits for finite float32 values that were loaded: arriving at a barrier does not.
 
-    What a thread says at a barrier overtakes its loads from shared memory, which wait while the
-    matrix unit reads there. The store, of what cannot be, never happens, but it wants the numbers,
+    Loads from shared memory wait while the matrix unit reads there, and a copy that a barrier lets
+    in may come before them. The store, of what cannot be, never happens, but it wants the numbers,
     and the assembler leaves it before what comes after.
     """
     text = "{ .reg .pred p; .reg .f32 t; .reg .b32 a; mov.f32 t, $0;"
