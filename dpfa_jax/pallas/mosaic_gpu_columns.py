@@ -72,6 +72,8 @@ def column_kernel(plan: Plan, names: tuple[str, ...], *args, **shared):
     offset = plgpu.load(refs["offset"], layout=COLUMN, optimized=False)
 
     def one(i, total):
+        # All four warps are done with the queries that the next ones take the place of.
+        plgpu.commit_smem()
         pl.when(i + 1 < mine)(lambda: copy(i + 1))
         slot = lax.rem(i, jnp.int32(2))
         plgpu.barrier_wait(refs["q_full"].at[2 * wg + slot])

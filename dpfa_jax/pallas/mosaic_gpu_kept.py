@@ -305,7 +305,9 @@ def announce(counter):
 
     @rg.inline(arg_types=(plgpu.RefType(),))
     def run(_, counter):
-        text, void = "red.release.gpu.global.add.u32 [$0], 1;", ir.Type.parse("!llvm.void")
+        # Of a release that adds, the assembler gives one lane of a warp the fence for all.
+        text = "fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [$0], 1;"
+        void = ir.Type.parse("!llvm.void")
         rg.asm(void, [_word(counter)], text, "l,~{memory}", effects=True)
 
     run(counter)

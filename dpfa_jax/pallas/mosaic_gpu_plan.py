@@ -35,7 +35,6 @@ more than is charged (F4)."""
 _LONGEST_TABLE = 1 << 16
 """Tiles beyond which so many fall to each block of the grid that their order hardly matters."""
 
-
 _NEVER = (1 << 31) - 1
 """More than any key tile's number."""
 
@@ -164,6 +163,11 @@ class Plan:
                 f"Expected early to be None or a multiple of 4 up to {most}, half of block_k, got "
                 f"{early}; a thread makes {most} weights of a key tile."
             )
+        if self.edge > 1 and self.key_blocks > 1 and self.key_range(np.int32(0), np)[1] < 2:
+            raise ValueError(
+                f"Expected a block_k below {self.block_q}, the queries of a causal tile, or a "
+                f"multiple of it, got {self.shape.block_k}: others lie on one key tile or two."
+            )
         group = self.shape.flush * self.shape.block_k
         charged = self.sums or self.spec.noise == "sums"
         if charged and not SHORTEST_GROUP <= group <= GROUP_KEYS:
@@ -172,7 +176,6 @@ class Plan:
                 f"of sums is charged (F4), got flush={self.shape.flush} tiles of "
                 f"block_k={self.shape.block_k}, {group} keys."
             )
-
         if self.sums and self.online:
             raise ValueError(
                 "Expected a score_cap, got None: sums beside a running maximum cannot be added to "
@@ -409,8 +412,8 @@ class Plan:
     def dealt(self) -> np.ndarray | None:
         """What a block of the grid does beside whole tiles, as `mosaic_gpu_shares.dealt` says.
 
-        None where that would not be faster, nor under masks by position, which give tiles unequal
-        keys and have a schedule, nor for sums beside different maxima, which cannot be added.
+        None where that would not be faster, under masks by position, which give tiles unequal keys,
+        and beside different maxima, whose sums cannot be added.
         """
         if not self.shape.shares or self.online or self.sides != (None, None):
             return None
