@@ -410,10 +410,9 @@ class Plan:
         return self.tiles // self.programs
 
     def dealt(self) -> np.ndarray | None:
-        """What a block of the grid does beside whole tiles, as `mosaic_gpu_shares.dealt` says.
+        """What blocks of the grid do beside whole tiles (`mosaic_gpu_shares.dealt`), or None.
 
-        None where that would not be faster, under masks by position, which give tiles unequal keys,
-        and beside different maxima, whose sums cannot be added.
+        Not under masks by position (unequal keys), nor beside different maxima (no sums to add).
         """
         if not self.shape.shares or self.online or self.sides != (None, None):
             return None
