@@ -161,7 +161,7 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper plain", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 4,
     ("D128 hopper rows", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 4,
     ("D64 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 16,
-    # Of the outer accumulator, at the end of a group of keys only.
+    # Of the outer accumulator, at the end of a group of keys only, and where a tile begins.
     ("D128 hopper float16", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 32,
     ("D128 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper window", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 20,
@@ -172,7 +172,8 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper float8 causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper float8 causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 56,
     ("D128 hopper float8 causal", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 12,
-    # Beside the last noise, and once in 8192 keys, where sums in memory are passed on.
+    # Beside the last noise, once in 8192 keys, where sums in memory are passed on, and, since
+    # offsets have a ring of their own, where a tile begins.
     ("D256 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 124,
     ("D192 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 24,
     ("D256 hopper causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 312,

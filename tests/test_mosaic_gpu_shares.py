@@ -10,7 +10,7 @@ import pytest
 
 from dpfa_jax import admission, reference
 from dpfa_jax.clipping._batch import inner_jaxprs
-from dpfa_jax.pallas import accumulators, mosaic_gpu
+from dpfa_jax.pallas import accumulators, mosaic_gpu, mosaic_gpu_memory
 from dpfa_jax.pallas import mosaic_gpu_shares as shares
 from tests._mosaic_gpu_common import NOISY, make_operands, make_spec, relative
 
@@ -109,6 +109,7 @@ def test_more_shares_than_are_charged_are_none():
     assert not accumulators.split_is_charged([2048] + [256] * 8)
     # The last key tile is not full: there are no 32,769 keys.
     assert _dealt(68, 32768, 96, 80) is not None
+    assert not accumulators.split_is_charged([16384, 16385])
 
 
 def _shared(operands, spec, *, summed=False, **changes):
@@ -127,6 +128,10 @@ def _plan(operands, spec, **changes):
     return plans[0]
 
 
+def _ids(length):
+    return np.broadcast_to(np.arange(length, dtype=np.int32) * 4 // length, (2, length))
+
+
 # Tiles that are left after whole ones, or none but such: batch 2, heads, queries, keys, width.
 CALLS = {
     "after whole tiles": ({"heads": 16, "kv_heads": 4, "queries": 640, "keys": 1100}, {}),
@@ -141,6 +146,21 @@ CALLS = {
         {"denominator_std": float("inf"), "floor": 50.0},
     ),
     "rows": ({"keys": 4000, "width": 64}, {"noise": "rows", "row_clip": 0.1, "ball": None}),
+    # Blocks that keep sums and end another tile; shares longer than a run.
+    "both": ({"heads": 14, "kv_heads": 14, "queries": 384, "keys": 2100, "width": 128}, {}),
+    "long shares": ({"heads": 38, "kv_heads": 38, "queries": 300, "keys": 16500, "width": 96}, {}),
+    "segments": (
+        {"keys": 4000, "width": 128, "query_segments": _ids(200), "key_segments": _ids(4000)},
+        {},
+    ),
+    "judged": (
+        {"keys": 4000, "width": 128, "flags": np.zeros((2, 1), np.int32)},
+        {"mark_queries": True, "judge_keys": True},
+    ),
+    "judged, float8 scores": (
+        {"keys": 4000, "width": 128, "flags": np.zeros((2, 1), np.int32)},
+        {"mark_queries": True, "float8_scores": True},
+    ),
 }
 
 
@@ -159,6 +179,29 @@ def test_calls_that_share_tiles_lower_for_cuda_without_a_gpu(name):
     run = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec, shape=shape))
     text = run.trace(operands).lower(lowering_platforms=("cuda",)).as_text()
     assert "dpfa_mosaic_forward_kernel" in text
+
+
+def test_calls_have_shares_of_every_kind():
+    tables = {name: _plan(*_call(name)) for name in ("both", "long shares")}
+    for plan in tables.values():
+        table = plan.dealt()
+        assert (_used(table).sum(1) == 2).sum() >= 40
+        assert plan.part == ("far" if plan.regroups else "part")
+    plan = tables["long shares"]
+    alone, counts = 16 * plan.shape.flush, plan.dealt()[:, :, shares.COUNT]
+    assert plan.regroups and (counts > alone).any(0).all()
+    both = _used(plan.dealt()).all(1)
+    assert counts[both, shares.LAST].max() <= alone < counts[both, shares.KEPT].max()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_sums_have_room_where_they_wait(name):
+    plan = _plan(*_call(name))
+    places, compute, size = mosaic_gpu_memory.buffers(plan)[plan.part]
+    assert places >= plan.places and compute == plan.shape.compute
+    assert size >= 64 * plan.value_width + 2 * 64
+    # Copies write over offsets that were used, not over those that are being read.
+    assert plan.offset_slots > plan.shape.stages
 
 
 def test_tiles_are_shared_where_their_sums_may_be_added():

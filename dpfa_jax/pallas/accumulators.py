@@ -64,17 +64,18 @@ def split_is_charged(parts: Sequence[int]) -> bool:
     """Whether sums of parts of a memory, added up one after another, round by what is charged.
 
     Args:
-      parts: rows of each part, in the order in which they are added up.
+      parts: rows of each part, 1 or more, in the order in which they are added up; not empty.
 
     Returns:
-      True if the sums of all differ by at most `sums_rounding` of the memory's rows.
+      True if the sums of all differ by at most `sums_rounding` of the memory's rows; False from
+      `PAIRED_FROM` rows on, where a double word is charged less than the joins would round.
 
     Guarantee: F4 (accumulators.md).
     """
     keys = sum(parts)
-    paired = keys >= PAIRED_FROM
     joins = sum(itertools.accumulate(parts)) - parts[0]
-    return _joined_keys(max(parts), paired) + joins <= _joined_keys(keys, paired)
+    fits = _joined_keys(max(parts), False) + joins <= _joined_keys(keys, False)
+    return keys < PAIRED_FROM and fits
 
 
 def rounding(keys: int) -> float:

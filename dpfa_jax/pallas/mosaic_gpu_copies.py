@@ -144,8 +144,7 @@ def tile_number(plan: Plan, refs, index):
     program = lax.axis_index("program")
     if plan.scheduled:
         return refs["schedule"].at[program][index + 1]
-    tile = program + index * plan.programs
-    return tile
+    return program + index * plan.programs
 
 
 def last_tile(refs):

@@ -1,7 +1,8 @@
 """Numbers of the Hopper kernel that wait in memory: each thread's own, 16 bytes at a time.
 
-Sums that a thread wrote only that thread reads: nothing has to be waited for. Noise lies in the
-same order, behind a barrier.
+Sums of a block's own only the thread that wrote them reads: nothing has to be waited for. Noise
+lies in the same order, behind a barrier; so do sums of a share, which the same thread of another
+block reads once a counter says that they are there.
 """
 
 from typing import Any
@@ -319,10 +320,9 @@ def await_share(counter):
     @rg.inline(arg_types=(plgpu.RefType(),))
     def run(_, counter):
         text = (
-            "{ .reg .pred p; .reg .b32 a; again: ld.acquire.gpu.global.u32 a, [$0];"
-            f" setp.lo.u32 p, a, {rg.WARPGROUP}; @p bra again; }}"
+            "{ .reg .pred p; .reg .b32 a; again_${:uid}: ld.acquire.gpu.global.u32 a, [$0];"
+            f" setp.lo.u32 p, a, {rg.WARPGROUP}; @p bra again_${{:uid}}; }}"
         )
-        text = text.replace("again", "again_${:uid}")
         rg.asm(ir.Type.parse("!llvm.void"), [_word(counter)], text, "l,~{memory}", effects=True)
 
     run(counter)

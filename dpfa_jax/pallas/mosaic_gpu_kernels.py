@@ -1,9 +1,10 @@
 """The Hopper kernel's body: two warpgroups compute, one copies, others draw noise and run ahead.
 
 A block of the grid lives as long as the call and takes one tile of 128 queries of one head after
-another. While the matrix unit multiplies weights and values of one key tile, the special-function
-unit makes the weights of the next. Keys are read from the last tile that a query tile sees to the
-first, so that the tile on the diagonal comes before the loop.
+another, at last perhaps a share of one (`mosaic_gpu_shares`). While the matrix unit multiplies
+weights and values of one key tile, the special-function unit makes the weights of the next. Keys
+are read from the last tile that a query tile sees to the first, so that the tile on the diagonal
+comes before the loop.
 """
 
 import functools
@@ -192,8 +193,8 @@ def _sums(plan: Plan, refs, wg, work: copies.Work, step):
     weights, mass, best, _ = weigh(jnp.int32(0), slot, scores, none, best, on_diagonal)
     rounded = blocks.rounded(weights, plan.dtype)
 
-    def one(i, carry, begun: Any = 0, masked=plan.masked):
-        """Sums of key tile i-1, weights of key tile i; the accumulator's first one is `begun`."""
+    def one(i, carry, opening: Any = 0, masked=plan.masked):
+        """Sums of key tile i-1, weights of key tile i; `opening` is the accumulator's first one."""
         rounded, total, outer, mass, best = carry
         slot, before = copies.ring_slot(step + i, stages), copies.ring_slot(step + i - 1, stages)
         wait("k_full", slot)
@@ -202,7 +203,7 @@ def _sums(plan: Plan, refs, wg, work: copies.Work, step):
             *places,
             rounded,
             total,
-            (i - 1 > begun).astype(jnp.int32),
+            (i - 1 > opening).astype(jnp.int32),
             *matrices,
             lambda: wait_values(before),
             plan.shape.turns,
@@ -236,14 +237,13 @@ def _sums(plan: Plan, refs, wg, work: copies.Work, step):
     if plan.edge > 1 and plan.key_blocks > 1:
         carry = one(jnp.int32(1), carry, masked=True)
         first = 2
-    begin, begun, done = jnp.int32(first), jnp.int32(0), jnp.int32(0)
+    begin, opening, done = jnp.int32(first), jnp.int32(0), jnp.int32(0)
     if plan.joins:
 
         def group(g, carry):
-            start = g * flush
-            step = functools.partial(one, begun=start)
-            begin = jnp.maximum(start + 1, first)
-            carry = lax.fori_loop(begin, start + flush + 1, step, carry)
+            opening = g * flush
+            body, after = functools.partial(one, opening=opening), opening + flush + 1
+            carry = lax.fori_loop(jnp.maximum(opening + 1, first), after, body, carry)
             rounded, total, outer, (part, high, low), best = carry
             mass = (none, *add_word(high, low, part))
             # The accumulator is only read: one that a thread writes holds up the matrix unit.
@@ -275,13 +275,13 @@ def _sums(plan: Plan, refs, wg, work: copies.Work, step):
             carry = lax.fori_loop(jnp.int32(0), runs, run, carry)
             done = runs * RUN_GROUPS
         carry = lax.fori_loop(done, whole, group, carry)
-        begun = whole * flush
-        begin = jnp.maximum(begun + 1, first)
-    carry = lax.fori_loop(begin, count, functools.partial(one, begun=begun), carry)
+        opening = whole * flush
+        begin = jnp.maximum(opening + 1, first)
+    carry = lax.fori_loop(begin, count, functools.partial(one, opening=opening), carry)
     rounded, total, outer, mass, best = carry
     slot = copies.ring_slot(step + count - 1, stages)
     wait_values(slot)
-    adds = (count - 1 > begun).astype(jnp.int32)
+    adds = (count - 1 > opening).astype(jnp.int32)
     total = products.started(refs["v"].at[slot], rounded, total, adds, matrices[1])
     # Read beside the last products, which take as long.
     lost = tile_rows.unfinite(given, plan.given) if plan.marks else None
@@ -341,6 +341,7 @@ def _compute_loop(plan: Plan, refs, wg):
 
     def whole(index, work, step):
         total, mass, best, lost, step = _sums(plan, refs, wg, work, step)
+        # Worked out again: kept over the sums it would take a register.
         answer(index, copies.tile_number(plan, refs, index), total, mass, best, lost)
         return step
 

@@ -1,4 +1,7 @@
-"""What memory a block of the Hopper kernel's grid has: shared, barriers, and its own global one."""
+"""What memory a block of the Hopper kernel's grid has: shared, barriers, and global.
+
+Of the global one a block uses its own part, but for sums of shares.
+"""
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu

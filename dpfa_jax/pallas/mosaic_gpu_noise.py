@@ -196,6 +196,8 @@ def noise_kept(ref, width: int):
             firsts.append(four[0])
             for number, value in enumerate(four):
                 found[(2 * (first_pair + number // 2) + half) * 2 + number % 2] = value
+        # One number of each load. Later noise comes by ordinary stores, which a barrier orders
+        # after loads; this leaves nothing to the order of loads and arrivals.
         rg.arrived(firsts)
         return rg.from_numbers(found, (ROWS, width), rg.TILE)
 

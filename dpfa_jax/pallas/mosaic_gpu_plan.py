@@ -390,7 +390,7 @@ class Plan:
         the grid the longest causal rows of every region.
         """
         blocks, *_ = self.place(np.arange(self.tiles, dtype=np.int32), np)
-        costs = self.key_range(blocks, np)[1] + shares.Costs().tile
+        costs = self.key_range(blocks, np)[1] + shares.OWN_TIME
         free = [(0, program) for program in range(self.programs)]
         mine: list[list[int]] = [[] for _ in free]
         for tile, cost in enumerate(costs.tolist()):
@@ -416,29 +416,25 @@ class Plan:
         """
         if not self.shape.shares or self.online or self.sides != (None, None):
             return None
-        alone = RUN_GROUPS * self.shape.flush if self._shares_in_far else None
+        alone = RUN_GROUPS * self.shape.flush if self.regroups else None
         tiles = self.whole * self.programs, self.tiles
         size = self.key_blocks, self.keys, self.shape.block_k
         costs = shares.WIDE if self.value_width > _WIDEST_SUMS else shares.Costs()
         return shares.dealt(*tiles, self.programs, *size, alone, costs)
 
     @property
-    def _shares_in_far(self) -> bool:
-        return self.regroups and not self.paired
-
-    @property
     def part(self) -> str | None:
         """Name of the memory where sums of a share wait.
 
-        After the whole tiles that of runs is free, but for a last share of a run or more.
+        After the whole tiles that of runs is free, but for a last share longer than a run.
         """
         if not self.splits:
             return None
-        return "far" if self._shares_in_far else "part"
+        return "far" if self.regroups else "part"
 
     @property
     def places(self) -> int:
-        """Where sums of shares wait."""
+        """How many sums of shares may wait."""
         table = self.dealt()
         return 0 if table is None else shares.places(table)
 

@@ -5,8 +5,12 @@ tiles that are left are dealt out, so that all blocks end at about the same time
 a share of the keys, and the block that has a tile's last share adds up the others' and answers. The
 public reference is the same for all keys: sums of shares need no common maximum.
 
-A block waits for those with lower numbers alone, which the device starts first and which wait for
-nobody before their sums are written: however few blocks run at a time, none waits for ever.
+A block waits for those with lower numbers alone, which wait for nobody before their sums are
+written. Devices start blocks in the order of their numbers, which this relies on, as prefix sums in
+one pass do, and which no document promises: then none waits for ever, however few run at a time.
+
+Source: Stream-K (Osama et al. 2023, doi:10.1145/3572848.3577479), whose fix-up this is;
+Flash-Decoding splits keys likewise (Dao et al. 2023).
 """
 
 import collections
@@ -22,6 +26,10 @@ _LEAST = 2
 """Key tiles whose time shares must save: what it costs to clear the counters they wait for."""
 
 
+OWN_TIME = 3
+"""What a query tile costs beside its key tiles, in key tiles."""
+
+
 class Costs(NamedTuple):
     """What takes time beside key tiles, in key tiles.
 
@@ -30,7 +38,7 @@ class Costs(NamedTuple):
       join: add the sums of another block's share to one's own.
     """
 
-    tile: int = 3
+    tile: int = OWN_TIME
     join: float = 0.5
 
 
@@ -106,6 +114,8 @@ def dealt(
         return None
     best, least = None, size + costs.tile - _LEAST + 1
     for most in range(costs.tile + 1, size + costs.tile):
+        if most >= least:
+            break
         found = _dealt(tiles, programs, size, most, costs.tile, alone)
         if found is None:
             continue
@@ -123,6 +133,7 @@ def dealt(
             # Where a block's runs waited.
             best[:, KEPT, PLACE] = np.arange(programs)
             best[:, LAST, PLACE] = np.arange(programs) - 1
+        best.flags.writeable = False
     return best
 
 
@@ -138,5 +149,9 @@ def _table(found: list, programs: int) -> np.ndarray:
 
 
 def places(table: np.ndarray) -> int:
-    """So many sums wait at most."""
+    """So many sums wait at most.
+
+    Args:
+      table: as of `dealt`.
+    """
     return int(table[table[:, KEPT, COUNT] > 0, KEPT, PLACE].max(initial=-1)) + 1
