@@ -236,6 +236,14 @@ def test_examples_of_a_batch_do_not_share_counters():
     two = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), operands)
     assert "get_global" not in set(_names(jax.make_jaxpr(jax.vmap(run))(two).jaxpr))
 
+    # Nor where all but the noise is the same for all.
+    def noised(key):
+        return run(operands._replace(noise_key=key))
+
+    keys = jnp.stack([operands.noise_key] * 3)
+    assert jax.eval_shape(jax.vmap(noised), keys).shape == (3, *operands.query.shape)
+    assert "get_global" not in set(_names(jax.make_jaxpr(jax.vmap(noised))(keys).jaxpr))
+
 
 @jax.jit
 def _differences(one, other):
