@@ -81,7 +81,7 @@ def test_causal_tiles_that_lie_on_one_key_tile_or_two_are_refused(block_k, flush
     # Two are waited for where any query tile may see two: of one that sees one, the next one's.
     operands, spec = _operands(queries=700, keys=700), _spec({"is_causal": True, "score_cap": 4.0})
     shape = mosaic_gpu.Shape(block_k=block_k, flush=flush, registers=(240, 24, 24))
-    with pytest.raises(ValueError, match="a block_k below 128"):
+    with pytest.raises(ValueError, match="a block_k up to 128"):
         mosaic_gpu.forward(operands, spec, shape=shape)
     run = jax.jit(lambda o: mosaic_gpu.forward(o, spec)[0])
     assert run.trace(operands)

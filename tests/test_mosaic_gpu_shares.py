@@ -17,10 +17,11 @@ from tests._mosaic_gpu_common import NOISY, make_operands, make_spec, relative
 _PROGRAMS = 132
 _LEFT = (1, 4, 28, 68, 100, 131)
 _KEYS = (1024, 2048, 4096, 7700, 9000, 16384, 32768)
+_USUAL = shares.Costs()
 _TILES = ((96, None), (128, None), (96, 80), (64, 128))
 
 
-def _dealt(left, keys, block_k, alone, first=0, costs=shares.Costs()):  # noqa: B008
+def _dealt(left, keys, block_k, alone, first=0, costs=_USUAL):
     size = -(-keys // block_k)
     end = first + left
     return shares.dealt(first, end, _PROGRAMS, size, keys, block_k, alone, costs)
@@ -42,7 +43,7 @@ def _used(table):
 
 
 @pytest.mark.parametrize(("block_k", "alone"), _TILES)
-@pytest.mark.parametrize("costs", (shares.Costs(), shares.WIDE))
+@pytest.mark.parametrize("costs", (_USUAL, shares.WIDE))
 def test_every_key_tile_is_one_blocks_and_the_next_ones_add_it_up(block_k, alone, costs):
     split = 0
     for left, keys in itertools.product(_LEFT, _KEYS):

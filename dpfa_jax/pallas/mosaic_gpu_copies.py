@@ -20,7 +20,7 @@ def ring_slot(step, stages: int):
     """Place of a step in a ring of so many.
 
     Args:
-      step: int32 scalar.
+      step: int32 scalar, not negative.
       stages: of the ring.
     """
     if stages & (stages - 1) == 0:

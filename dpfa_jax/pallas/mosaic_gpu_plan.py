@@ -165,8 +165,8 @@ class Plan:
             )
         if self.edge > 1 and self.key_blocks > 1 and self.key_range(np.int32(0), np)[1] < 2:
             raise ValueError(
-                f"Expected a block_k below {self.block_q}, the queries of a causal tile, or a "
-                f"multiple of it, got {self.shape.block_k}: others lie on one key tile or two."
+                f"Expected a block_k up to {self.block_q}, or a multiple of it, got "
+                f"{self.shape.block_k}: causal tiles would see one key tile or two. Pass 128."
             )
         group = self.shape.flush * self.shape.block_k
         charged = self.sums or self.spec.noise == "sums"
