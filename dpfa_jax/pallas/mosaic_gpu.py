@@ -141,7 +141,7 @@ def cut(operands: Operands, spec: Spec, *, summed: bool = False) -> Shape:
     near = 0 if whole else 24 << 20
     if spec.is_causal and spec.window is None and keys > _SHORT:
         near = 8 << 20
-    shape = Shape(nearby=near, turns=whole and spec.score_cap is None)
+    shape = Shape(nearby=near, turns=whole and spec.score_cap is None, shares=True)
 
     def but(**changes) -> Shape:
         return dataclasses.replace(shape, **changes)

@@ -59,8 +59,7 @@ class Shape:
         the other makes weights.
       drawing: warpgroups that draw noise, each that of as many computing ones: a divisor of
         `compute`.
-      shares: whether blocks of the grid may share the keys of tiles that do not go round. No call
-        asks for it yet: its last form was compiled, and not run on a GPU.
+      shares: whether blocks of the grid may share the keys of tiles that do not go round.
     """
 
     block_k: int = 128
