@@ -35,6 +35,8 @@ class Operands(NamedTuple):
         None is 0. Causal masks, windows and key lengths count from there.
       flags: (B or 1, blocks) int32, not 0 where a block of keys has a key or value that is not
         finite; None where every number is.
+      noise_row: int32 scalar, the row of the noise field at which the queries begin, a multiple of
+        16; None is 0. For queries that are a part of a longer call's.
       narrow_key: `key` as `float8.rounded` makes it, where the backend made it beside the record
         weights; None elsewhere.
     """
@@ -52,6 +54,7 @@ class Operands(NamedTuple):
     noise_key: Any = None
     flags: Any = None
     key_offset: Any = None
+    noise_row: Any = None
     narrow_key: Any = None
 
 

@@ -168,6 +168,20 @@ def _record_bound(mechanism: Any) -> float | None:
     return mechanism.value_bound
 
 
+def noise_std(mechanism: Any, call: releases.Call, rounding: float) -> float:
+    """The noise of a call of S2 or S3 whose sums one backend makes of all records.
+
+    Args:
+      mechanism: IndependentNoise or ClippedContributions.
+      call: its shape.
+      rounding: of the backend, for so many keys.
+
+    Returns:
+      In the unit of the values: noise_multiplier times the distance of two neighbours' sums.
+    """
+    return mechanism.noise_multiplier * mechanism.l2_sensitivity(call) * (1 + rounding)
+
+
 def noisy_spec(spec: Spec, mechanism: Any, call: releases.Call, noise_std: float) -> Spec:
     """The call of S2 or S3 with noise of this standard deviation on its sums.
 

@@ -53,9 +53,17 @@ def module_of(name: str) -> ModuleType:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(
+def attend(
     backend: str, spec: Spec, process: gaussian_process.Process | None, operands: Operands
 ) -> jax.Array:
+    """What a backend answers, in float32 or the query's dtype, and its gradients.
+
+    Args:
+      backend: a key of `BACKENDS`.
+      spec: of the call, its noise set.
+      process: of the call's noise where that is correlated, else None.
+      operands: all of them varying over the mesh axes that any varies over.
+    """
     return _attend_forward(backend, spec, process, operands)[0]
 
 
@@ -90,7 +98,7 @@ def cotangents(operands: Operands, grads: tuple) -> Operands:
     return Operands(**{name: known.get(name) for name in Operands._fields})
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _is_preferred(backend: str, keys: int) -> bool:
@@ -320,7 +328,7 @@ def _release(operands, spec, mechanism, call, name) -> jax.Array:
 
     def run(spec, operands, process=None) -> Any:
         operands = Operands(*_primitives.vary_alike(*operands))
-        return _attend(name, spec, process, operands)
+        return attend(name, spec, process, operands)
 
     def replace(**changes):
         return Spec(**{**spec.__dict__, **changes})
@@ -359,9 +367,9 @@ def _release(operands, spec, mechanism, call, name) -> jax.Array:
             )
             return run(bounded, operands)
         case releases.IndependentNoise() | releases.ClippedContributions():
-            noise_std = mechanism.noise_multiplier * mechanism.l2_sensitivity(call) * growth
-            noisy = admission.noisy_spec(spec, mechanism, call, noise_std)
             module = module_of(name)
+            noise_std = admission.noise_std(mechanism, call, module.rounding(call.keys))
+            noisy = admission.noisy_spec(spec, mechanism, call, noise_std)
             operands = admission.clip_contributions(module, operands, noisy, mechanism, call)
             return run(noisy, operands)
         case releases.GaussianProcessNoise():

@@ -1,9 +1,10 @@
 """context_parallel_attention: private attention over records that lie on many devices.
 
-Inside `jax.shard_map` every shard holds a part of the records. It sums over its own, without noise;
-the sums are added over the shards as integers (lattice.py), and the noise of the one release they
-make together is drawn from the one key they share. What comes out is what `private_attention` makes
-of all records, up to rounding: the same noise words, the same charge.
+Inside `jax.shard_map` every shard holds a part of the records. Either it sums over its own, without
+noise, and the sums are added over the shards as integers (lattice.py); or, where queries are
+sharded too, it reads the records of all shards and answers its own queries. The noise of the one
+release they make together is drawn from the one key they share. What comes out is what
+`private_attention` makes of all records, up to rounding: the same noise words, the same charge.
 """
 
 import dataclasses
@@ -28,15 +29,19 @@ from dpfa_jax import (
     random,
     reference,
     releases,
+    shards,
 )
 from dpfa_jax._typing import Operands, Spec
+
+_ROWS = 16
+"""Rows of queries that share a block of noise words (random.py)."""
 
 _SUPPORTED = (releases.IndependentNoise, releases.ClippedContributions)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static about one call: how each shard sums, and how the sums become an answer."""
+    """What is static where sums are sent: how each shard sums, and how sums become an answer."""
 
     backend: str
     spec: Spec
@@ -137,18 +142,18 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _readers(axes: tuple[str, ...], gathered: bool, query: jax.Array) -> jax.Array:
-    """All queries, on every shard. Their gradient is added over the shards in float32."""
+def _on_all(axes: tuple[str, ...], gathered: bool, rows: jax.Array) -> jax.Array:
+    """All rows, on every shard. Their gradient is added over the shards in float32."""
     if gathered:
-        return lax.all_gather(query, axes, axis=1, tiled=True)
-    return lax.pcast(query, axes, to="varying")
+        return lax.all_gather(rows, axes, axis=1, tiled=True)
+    return lax.pcast(rows, axes, to="varying")
 
 
-def _readers_forward(axes, gathered, query):
-    return _readers(axes, gathered, query), None
+def _on_all_forward(axes, gathered, rows):
+    return _on_all(axes, gathered, rows), None
 
 
-def _readers_backward(axes, gathered, _, cotangent):
+def _on_all_backward(axes, gathered, _, cotangent):
     wide = cotangent.astype(jnp.float32)
     if gathered:
         wide = lax.psum_scatter(wide, axes, scatter_dimension=1, tiled=True)
@@ -157,50 +162,156 @@ def _readers_backward(axes, gathered, _, cotangent):
     return (wide.astype(cotangent.dtype),)
 
 
-_readers.defvjp(_readers_forward, _readers_backward)
+_on_all.defvjp(_on_all_forward, _on_all_backward)
 
 
-def _axes(axis_name: str | Sequence[str]) -> tuple[str, ...]:
-    """The mesh axes named, each checked to be one that runs once per shard and is tracked."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    known = _primitives.manual_axes()
-    for name in names:
-        if name not in known:
+def _of_all(axes: tuple[str, ...], array: jax.Array | None) -> jax.Array | None:
+    """An array of one number a row, or more, of all shards."""
+    if array is None:
+        return None
+    # Devices send bytes, whatever they mean.
+    narrow = array.dtype.itemsize == 1
+    sent = lax.bitcast_convert_type(array, jnp.uint8) if narrow else array
+    sent = lax.all_gather(sent, axes, axis=1, tiled=True)
+    return lax.bitcast_convert_type(sent, array.dtype) if narrow else sent
+
+
+def _facing_all(operands: Operands, spec: Spec, axes: tuple[str, ...], gathered: bool) -> Operands:
+    """All queries before this shard's own records."""
+    placed = _by_position(spec) or operands.key_lengths is not None
+    segments = operands.query_segments
+    return operands._replace(
+        query=_on_all(axes, gathered, operands.query),
+        query_segments=_of_all(axes, segments) if gathered else segments,
+        key_offset=lax.axis_index(axes) * operands.key.shape[1] if placed else None,
+    )
+
+
+def _by_position(spec: Spec) -> bool:
+    return spec.is_causal or spec.window is not None
+
+
+def _from_sums(operands, spec, mechanism, whole, axes, name, gathered) -> jax.Array:
+    """The answers from sums that each shard makes of its own records."""
+    module, parts = attention.module_of(name), lax.axis_size(axes)
+    query, data = operands.query, operands.noise_key
+    query_ok = clipping.finite_rows(query)
+    query = jnp.where(query_ok[..., None], query, jnp.zeros((), query.dtype))
+    operands = _facing_all(operands._replace(query=query, noise_key=None), spec, axes, gathered)
+    if admission.reads_any_rows(module, mechanism):
+        operands, spec = admission.weighted(module, operands, mechanism, spec, judges=False)
+    else:
+        operands = admission.sanitised(operands, mechanism)
+    operands = admission.as_scored(module, operands, spec)
+    std = noise_std(mechanism, whole, shards=parts, rounding=module.rounding)
+    spec = admission.noisy_spec(spec, mechanism, whole, std)
+    operands = admission.clip_contributions(module, operands, spec, mechanism, whole)
+    operands = Operands(*_primitives.vary_alike(*operands))
+    bounds = lattice.bounds(whole.keys, mechanism.value_bound)
+    out: Any = _attend(_Plan(name, spec, axes, gathered, bounds), operands, data)
+    return jnp.where(query_ok[..., None], out, jnp.nan)
+
+
+def _from_records(operands, spec, mechanism, whole, axes, name, gathered) -> jax.Array:
+    """This shard's rows of what `private_attention` would answer from the records of all."""
+    module = attention.module_of(name)
+    query_ok = clipping.finite_rows(operands.query)
+    marks = admission.reads_any_rows(module, mechanism)
+    if marks:
+        spec = dataclasses.replace(spec, mark_queries=True)
+        operands, spec = admission.weighted(module, operands, mechanism, spec)
+    else:
+        operands = admission.sanitised(operands, mechanism)
+    operands = admission.as_scored(module, operands, spec)
+    spec = admission.noisy_spec(
+        spec, mechanism, whole, admission.noise_std(mechanism, whole, module.rounding(whole.keys))
+    )
+    if isinstance(mechanism, releases.ClippedContributions):
+        # A record's contribution goes to the queries of all shards.
+        facing = jax.lax.stop_gradient(operands)._replace(log_weights=operands.log_weights)
+        facing = _facing_all(facing, spec, axes, gathered)
+        facing = admission.clip_contributions(module, facing, spec, mechanism, whole)
+        operands = operands._replace(log_weights=facing.log_weights)
+    first = lax.axis_index(axes) * operands.query.shape[1]
+    placed, lengths = _by_position(spec), operands.key_lengths
+    names = ("log_weights", "key_segments", "flags", "narrow_key")
+    operands = operands._replace(
+        key=_on_all(axes, True, operands.key),
+        value=_on_all(axes, True, operands.value),
+        noise_row=first,
+        # Positions count from this shard's first query.
+        key_offset=-first if placed else None,
+        key_lengths=lengths - first if placed and lengths is not None else lengths,
+        **{each: _of_all(axes, getattr(operands, each)) for each in names},
+    )
+    operands = Operands(*_primitives.vary_alike(*operands))
+    out: Any = attention.attend(name, spec, None, operands)
+    return out if marks else jnp.where(query_ok[..., None], out, jnp.nan)
+
+
+def _as_seen(operands: Operands, spec: Spec, parts: int, gathered: bool, sent: str) -> Operands:
+    """Shapes of what a backend gets."""
+    names = ("query", "query_segments") if gathered else ()
+    placed = _by_position(spec)
+    if sent == "records":
+        names = ("key", "value", "log_weights", "key_segments")
+    else:
+        placed |= operands.key_lengths is not None
+
+    def grown(array):
+        if array is None:
+            return None
+        batch, rows, *rest = array.shape
+        return jax.ShapeDtypeStruct((batch, rows * parts, *rest), array.dtype)
+
+    offset = jax.ShapeDtypeStruct((), jnp.int32) if placed else None
+    changed = {name: grown(getattr(operands, name)) for name in names}
+    return operands._replace(key_offset=offset, **changed)
+
+
+def _route(
+    exchange: str, backend: str, operands: Operands, spec: Spec, parts: int, gathered: bool
+) -> tuple[str, str]:
+    """What is sent to other shards, "sums" or "records", and the backend."""
+
+    def chosen(sent):
+        seen = _as_seen(operands, spec, parts, gathered, sent)
+        return attention.choose_backend(backend, seen, spec)
+
+    rows, reason = operands.query.shape[1], None
+    if not gathered:
+        reason = "every shard answers all queries; pass shard_queries=True and a part of them"
+    elif operands.mask is not None:
+        reason = "a mask has the pairs of each shard's own records alone"
+    elif rows % _ROWS:
+        reason = f"noise goes by {_ROWS} rows, and a shard has {rows} queries"
+    if exchange == "records":
+        if reason is not None:
             raise ValueError(
-                f"Expected axis_name to be a manual mesh axis, got {name!r} where there are "
-                f"{list(known)}. Call this inside jax.shard_map over that axis."
+                f"Expected a call whose records can be sent to all shards, got one where {reason}. "
+                "Pass exchange='auto' or 'sums'."
             )
-        if name not in _primitives.varying(lax.axis_index(name)):
-            raise ValueError(
-                f"Expected a jax.shard_map that knows what differs between shards, got one with "
-                f"check_vma=False over {name!r}. Pass check_vma=True: whether every record lies on "
-                "one shard, and whether the key is the same on all, cannot be seen otherwise."
-            )
-    shards = lax.axis_size(names)
-    if not names or len(set(names)) < len(names) or shards > lattice.SHARDS:
-        raise ValueError(
-            f"Expected different mesh axes of at most {lattice.SHARDS} shards together, got "
-            f"{names} with {shards}."
-        )
-    return names
+        return "records", chosen("records")
+    if exchange == "sums" or reason is not None or not _records_are_less(operands):
+        return "sums", chosen("sums")
+    try:
+        name = chosen("records")
+    except NotImplementedError:
+        return "sums", chosen("sums")
+    if backend == "auto":
+        order, other = list(attention.BACKENDS), chosen("sums")
+        if order.index(other) < order.index(name):
+            return "sums", other
+    return "records", name
 
 
-def _check_sharding(axes: tuple[str, ...], sharded: dict[str, Any], shared: dict[str, Any]) -> None:
-    for name, value in sharded.items():
-        for axis in axes:
-            if axis not in _primitives.varying(value):
-                raise ValueError(
-                    f"Expected {name} to be a part of its own on every shard of {axis!r}, got the "
-                    f"same on all of them, shape {value.shape}. Shard its sequence axis over "
-                    f"{axis!r} in in_specs: what all shards have would count once for each."
-                )
-    for name, value in shared.items():
-        for axis in axes:
-            if value is not None and axis in _primitives.varying(value):
-                raise ValueError(
-                    f"Expected {name} to be the same on all shards of {axis!r}, got one that may "
-                    f"differ, shape {value.shape}. Leave {axis!r} out of its in_specs."
-                )
+def _records_are_less(operands: Operands) -> bool:
+    """Whether this shard's records take fewer bytes than its part of all sums and its queries."""
+    query, key, value = operands[:3]
+    records = sum(math.prod(x.shape) * x.dtype.itemsize for x in (key, value))
+    rows = math.prod(query.shape[:3])
+    sums = rows * (8 * (value.shape[3] + 1) + query.shape[3] * query.dtype.itemsize)
+    return records <= sums
 
 
 def context_parallel_attention(
@@ -213,6 +324,7 @@ def context_parallel_attention(
     rng: Any,
     queries: str,
     shard_queries: bool = False,
+    exchange: str = "auto",
     scale: float | None = None,
     is_causal: bool = False,
     local_window_size: Any = None,
@@ -231,7 +343,9 @@ def context_parallel_attention(
     shard sums over its own records. The sums of all, two int32 numbers a coordinate, are added by
     one `psum`, and noise of one call is added to them, the same on every shard: the words that
     `private_attention` would draw from this key for all records at once, with the noise scaled for
-    all of them. Answers equal its answers up to rounding.
+    all of them. Or, with sharded queries, rows of key and value are gathered instead, and each
+    shard answers its own queries from all records, the noise drawn in the kernel. Answers equal
+    those of `private_attention` up to rounding.
 
     Args:
       query: (B, T, N, H), the same on all shards of the axis; or this shard's part of the queries,
@@ -244,9 +358,13 @@ def context_parallel_attention(
       rng: one typed key, the same on all shards of the axis. Other mesh axes over which anything
         varies are calls of their own, with noise of their own.
       queries: "public", as in `private_attention`.
-      shard_queries: whether the query axis T is sharded over the same axis. All queries are then
-        gathered, (B, P·T, N, H) on each shard, and so are the sums before they are added and
-        scattered back; each shard answers its own T queries.
+      shard_queries: whether the query axis T is sharded over the same axis; each shard answers its
+        own T queries.
+      exchange: what shards send each other. "sums": no record leaves its shard; sharded queries
+        are gathered, (B, P·T, N, H) on each shard, and so are the sums before they are added and
+        scattered back. "records": keys, values and their weights are gathered, (B, P·S, K, H + h)
+        on each shard; for sharded queries, T a multiple of 16, and no `mask`. "auto": what are
+        fewer bytes, where both can be done by as fast a backend.
       scale: factor of the scores; None is 1/√H.
       is_causal: query i of all queries sees records at positions j ≤ i of all records.
       local_window_size: as in `private_attention`, in those positions.
@@ -263,12 +381,14 @@ def context_parallel_attention(
       this shard's part.
 
     Raises:
-      TypeError, ValueError: for arguments that do not fit, for records that are the same on all
-        shards, for a key that is not, and inside `shard_map(check_vma=False)`, where neither shows.
+      TypeError, ValueError: for arguments that do not fit (an exchange too), for records that are
+        the same on all shards, for a key that is not, and inside `shard_map(check_vma=False)`,
+        where neither shows.
       NotImplementedError: for other mechanisms, and if a named backend cannot do the call.
 
-    Guarantee: CP1 (context.md): `mechanism.guarantee` of the shapes of the whole call. It counts
-      once in `accounting.events`, whatever the number of shards. S2 and S3 (sensitivity.md).
+    Guarantee: CP1, and CP2 where records are sent (context.md): `mechanism.guarantee` of the shapes
+      of the whole call. It counts once in `accounting.events`, whatever the number of shards. S2
+      and S3 (sensitivity.md).
 
     Example:
       >>> import dpfa_jax
@@ -290,9 +410,10 @@ def context_parallel_attention(
             f"{type(mechanism).__name__} is not offered over shards. {_reason(mechanism)} Use "
             "IndependentNoise or ClippedContributions, or private_attention on gathered records."
         )
-    axes = _axes(axis_name)
-    shards = lax.axis_size(axes)
+    axes = shards.axes(axis_name)
+    parts = lax.axis_size(axes)
     _check.flag("shard_queries", shard_queries)
+    _check.choice("exchange", exchange, ("auto", "records", "sums"))
     query, key, value = (
         arguments.floating("query", query),
         arguments.floating("key", key),
@@ -300,19 +421,14 @@ def context_parallel_attention(
     )
     call = releases.Call.of(query.shape, key.shape, value.shape)
     query_segments, key_segments = arguments.segments(segment_ids, call)
-    query_ok = clipping.finite_rows(query)
     sharded, shared = {"key": key, "value": value}, {"rng": rng}
     (sharded if shard_queries else shared)["query"] = query
-    _check_sharding(axes, sharded, shared)
-    readers: Any = jnp.where(query_ok[..., None], query, jnp.zeros((), query.dtype))
-    readers = _readers(axes, shard_queries, readers)
-    if shard_queries and query_segments is not None:
-        query_segments = lax.all_gather(query_segments, axes, axis=1, tiled=True)
-    call = releases.Call.of(readers.shape, key.shape, value.shape)
-    mask = arguments.boolean_mask(mask, call)
+    shards.check(axes, sharded, shared)
+    answered = dataclasses.replace(call, queries=call.queries * (parts if shard_queries else 1))
+    mask = arguments.boolean_mask(mask, answered)
     lengths = arguments.lengths(key_value_seq_lengths, call)
     base = arguments.base_log_weights(key_log_weights, call)
-    _check_sharding(axes, {}, {"key_value_seq_lengths": lengths})
+    shards.check(axes, {}, {"key_value_seq_lengths": lengths})
     _check.flag("is_causal", is_causal)
     window = arguments.window(local_window_size)
     scale = _check.real("scale", 1 / math.sqrt(call.query_dim) if scale is None else scale)
@@ -320,11 +436,9 @@ def context_parallel_attention(
     data = random.key_data(rng)
     _primitives.refuse_constant(rng, "Pass the key as an argument of that function.")
     masks = (mask, query_segments, key_segments, lengths)
-    given = (readers, key, value, base, *(x for x in masks if x is not None))
+    given = (query, key, value, base, *(x for x in masks if x is not None))
     data = _primitives.stream_key(data, *given, shared=axes)
-    placed = is_causal or window is not None or lengths is not None
-    offset = lax.axis_index(axes) * call.keys if placed else None
-    operands = Operands(readers, key, value, base, *masks, key_offset=offset)
+    operands = Operands(query, key, value, base, *masks, noise_key=data)
     spec = Spec(
         scale=scale,
         score_cap=mechanism.score_cap,
@@ -333,25 +447,15 @@ def context_parallel_attention(
         window=window,
         **admission.score_precision(precision, mechanism),
     )
-    name = attention.choose_backend(backend, operands, spec)
-    module = attention.module_of(name)
-    if admission.reads_any_rows(module, mechanism):
-        operands, spec = admission.weighted(module, operands, mechanism, spec, judges=False)
-    else:
-        operands = admission.sanitised(operands, mechanism)
-    operands = admission.as_scored(module, operands, spec)
-    whole = dataclasses.replace(call, keys=call.keys * shards)
-    std = noise_std(mechanism, whole, shards=shards, rounding=module.rounding)
-    spec = admission.noisy_spec(spec, mechanism, whole, std)
-    operands = admission.clip_contributions(module, operands, spec, mechanism, whole)
-    operands = Operands(*_primitives.vary_alike(*operands))
-    bounds = lattice.bounds(whole.keys, mechanism.value_bound)
-    plan = _Plan(name, spec, axes, shard_queries, bounds)
-    out: Any = _attend(plan, operands, data)
-    out = jnp.where(query_ok[..., None], out, jnp.nan).astype(query.dtype)
+    whole = dataclasses.replace(answered, keys=call.keys * parts)
+    sent, name = _route(exchange, backend, operands, spec, parts, shard_queries)
+    release = _from_records if sent == "records" else _from_sums
+    out: Any = release(operands, spec, mechanism, whole, axes, name, shard_queries)
     shapes = ((whole.batch, whole.queries, whole.heads, whole.query_dim),)
     shapes += tuple((x.shape[0], whole.keys, *x.shape[2:]) for x in (key, value))
-    return _primitives.private_release(out, mechanism.event(*shapes), shared=axes)
+    return _primitives.private_release(
+        out.astype(query.dtype), mechanism.event(*shapes), shared=axes
+    )
 
 
 def _reason(mechanism: releases.Mechanism) -> str:

@@ -175,20 +175,23 @@ def matrix_normals(
 
 
 @functools.partial(jax.jit, static_argnames="rows")
-def row_normals(data: jax.Array, batch: ArrayLike, head: ArrayLike, rows: int) -> jax.Array:
+def row_normals(
+    data: jax.Array, batch: ArrayLike, head: ArrayLike, rows: int, first: ArrayLike = 0
+) -> jax.Array:
     """One normal per row: element (batch, head, row) of a noise field apart from the matrix one.
 
     Args:
       data: uint32[8] key data (`key_data`).
       batch: global batch indices, any shape that broadcasts with `head`.
       head: global head indices, < 2²⁴.
-      rows: number of rows, from row 0.
+      rows: number of rows.
+      first: row from which they count, a multiple of 16.
 
     Returns:
       float32 array of the broadcast shape with one more axis of length `rows`.
     """
     blocks = -(-rows // 16)
-    block = jnp.arange(blocks, dtype=jnp.uint32)
+    block = (_u32(first) >> 4) + jnp.arange(blocks, dtype=jnp.uint32)
     words = chacha_block(
         _key_words(data),
         _address(block, 0, _u32(batch)[..., None], _ROW, _u32(head)[..., None]),

@@ -236,13 +236,19 @@ def column_squares(operands: Operands, spec: Spec) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "length", "heads", "width"))
-def noise_field(data: jax.Array, batch: int, length: int, heads: int, width: int) -> tuple:
-    """The unit noise of one call: (B, T, N, h) for the rows and (B, T, N) for the denominators."""
+def noise_field(
+    data: jax.Array, batch: int, length: int, heads: int, width: int, first: Any = None
+) -> tuple:
+    """The unit noise of one call: (B, T, N, h) for the rows and (B, T, N) for the denominators.
+
+    From row `first` on where there is one, a multiple of 16.
+    """
+    first = 0 if first is None else first
     batches = jnp.arange(batch)[:, None, None]
-    rows = jnp.arange(length)[None, :, None]
+    rows = (first + jnp.arange(length))[None, :, None]
     heads_ = jnp.arange(heads)[None, None, :]
     matrix = random.matrix_normals(data, batches, heads_, rows, width)
-    row = random.row_normals(data, batches[:, :, 0], heads_[:, 0], length)  # (B, N, T)
+    row = random.row_normals(data, batches[:, :, 0], heads_[:, 0], length, first)  # (B, N, T)
     return matrix, jnp.swapaxes(row, 1, 2)
 
 
@@ -277,7 +283,7 @@ def forward(operands: Operands, spec: Spec) -> tuple[jax.Array, tuple]:
     if spec.noise == "none":
         residuals = (high + low, mass_high + mass_low)
         return answer(spec, *residuals), residuals
-    matrix, row = noise_field(operands.noise_key, *high.shape)
+    matrix, row = noise_field(operands.noise_key, *high.shape, operands.noise_row)
     if spec.noise == "rows":
         residuals = (high + low, mass_high + mass_low)
         return _released(spec, answer(spec, *residuals), spec.noise_std, matrix), residuals

@@ -56,7 +56,7 @@ LAYERS = (
     "accounting.report clipping",
     "accounting gaussian_process",
     # layers 2 to 7
-    "arguments",
+    "arguments shards",
     "guarantee",
     "releases sampling",
     "reference admission",

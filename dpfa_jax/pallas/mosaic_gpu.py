@@ -210,6 +210,7 @@ def _plan(
         converts=converts,
         marks=spec.mark_queries and operands.flags is not None and not summed,
         sums=summed,
+        moved=operands.noise_row is not None,
     )
     if plan.dealt() is None:
         plan = dataclasses.replace(plan, programs=min(plan.programs, plan.tiles))
@@ -415,6 +416,8 @@ def _forward(
     plan = dataclasses.replace(plan, repairs=repairs, judges=flags is not None)
     if plan.noisy:
         inputs["noise_key"] = operands.noise_key
+        if plan.moved:
+            inputs["noise_row"] = jnp.reshape(operands.noise_row, (1,)).astype(jnp.int32)
     rows = (plan.batch, plan.heads, plan.query_blocks * plan.block_q)
     bound = spec.ball if spec.ball is not None else spec.row_clip
     answer = (*inputs["query"].shape[:3], plan.value_width)

@@ -55,19 +55,20 @@ def _noise_loop(plan: Plan, refs, first):
       first: the first computing warpgroup of those that it draws for.
     """
     spec, key, slots, compute = plan.spec, refs["noise_key"], plan.shape.slots, plan.shape.compute
+    moved = refs["noise_row"][0] if plan.moved else 0
 
     def rows(index):
         """Noise of the denominators of this tile and the ones after it."""
         places = []
         for later in range(ROW_BATCH):
             block, head, batch = plan.place(copies.answer_number(plan, refs, index + later))
-            places.append((batch, head, block * plan.block_q + first * ROWS))
+            places.append((batch, head, moved + block * plan.block_q + first * ROWS))
         out = _row_places(plan, refs, first, index, ROW_BATCH)
         noise_blocks.row_noise(key, places, plan.served * ROWS, spec.denominator_std, out)
 
     def tile(index, number):
         block, head, batch = plan.place(number)
-        start = block * plan.block_q
+        start = moved + block * plan.block_q
         slot = copies.ring_slot(index, slots)
         pl.when(index >= slots)(lambda: plgpu.barrier_wait(refs["noise_empty"].at[slot]))
         if plan.row_noisy:

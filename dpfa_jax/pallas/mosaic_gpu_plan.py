@@ -103,6 +103,7 @@ class Plan:
       judges: whether the kernel reads `flags` and tells of keys that are not finite too.
       sums: whether the sums go out as they are, in float32, instead of an answer.
       splits: whether blocks of the grid share the keys of tiles that do not go round.
+      moved: whether the queries' noise begins at a row that is known at run time only.
     """
 
     spec: Spec
@@ -127,6 +128,7 @@ class Plan:
     judges: bool = False
     sums: bool = False
     splits: bool = False
+    moved: bool = False
 
     def __post_init__(self):
         if self.shape.turns and self.shape.compute != 2:

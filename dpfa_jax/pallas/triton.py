@@ -110,6 +110,7 @@ def _plan(operands: Operands, spec: Spec, pick: Callable, tile: Any) -> Plan:
         segments=operands.key_segments is not None,
         fast=True,
         offset=operands.key_offset is not None and (spec.is_causal or spec.window is not None),
+        moved=operands.noise_row is not None,
         hopper=_capability() >= 90,
     )
 
@@ -266,9 +267,11 @@ def forward(
     batch, queries, heads, _ = operands.query.shape
     inputs = _arguments(plan, operands, bias, by_key=False)
     if spec.noise != "none":
-        inputs.append(
-            triton_calls.Argument("noise_key", operands.noise_key, (8,), lambda i, h, b: (0,))
-        )
+        words = {"noise_key": operands.noise_key}
+        if plan.moved:
+            words["noise_row"] = jnp.reshape(operands.noise_row, (1,)).astype(jnp.int32)
+        for name, array in words.items():
+            inputs.append(triton_calls.Argument(name, array, array.shape, lambda i, h, b: (0,)))
     out_shape = (batch, queries, heads, plan.value_width)
     value_pad = tiling.padded(plan.value_width)
 

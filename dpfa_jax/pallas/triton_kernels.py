@@ -41,6 +41,7 @@ class Plan:
       mask: shape of the boolean mask, or None.
       segments: whether there are segment ids.
       offset: whether the keys begin at a position that is known at run time only.
+      moved: whether the queries' noise begins at a row that is known at run time only.
       fast: compiled (True) or interpreted.
       grouped: keys of one accumulator, a power of two.
       hopper: whether the matrix unit takes its first operand from registers or shared memory.
@@ -61,6 +62,7 @@ class Plan:
     segments: bool
     fast: bool
     offset: bool = False
+    moved: bool = False
     grouped: int = tiling.GROUP_KEYS
     hopper: bool = False
     repairs: bool = False
@@ -359,16 +361,17 @@ def forward_kernel(plan: Plan, place, refs):
     noise_key = None
     if spec.noise != "none":
         noise_key = tuple(refs["noise_key"][word] for word in range(8))
+    noise_start = start + refs["noise_row"][0] if plan.moved else start
 
     def unit_noise():
         return blocks.matrix_noise(
-            noise_key, batch, head, start, tile.block_q, value_pad, plan.fast
+            noise_key, batch, head, noise_start, tile.block_q, value_pad, plan.fast
         )
 
     if spec.noise == "sums":
         total = blocks.noisy(spec, total, low, spec.noise_std, unit_noise(), plan.fast)
         if released:
-            row = blocks.row_noise(noise_key, batch, head, start, tile.block_q, plan.fast)
+            row = blocks.row_noise(noise_key, batch, head, noise_start, tile.block_q, plan.fast)
             mass = blocks.noisy(spec, mass, mass_low, spec.denominator_std, row, plan.fast)
     elif low is not None and mass_low is not None:
         total, mass = total + low, mass + mass_low
