@@ -112,7 +112,10 @@ def test_train_speed_smoke_gives_the_same_sums_and_noise_on_two_devices(tmp_path
 
 def test_attention_scaling_smoke_has_lengths_and_devices(tmp_path):
     line = _smoke("attention_scaling", tmp_path)
-    assert [row["mode"] for row in line["metrics"]] == ["length", "strong", "weak"]
+    assert [(row["mode"], row["implementation"]) for row in line["metrics"]] == [
+        ("length", "private"),
+        *((mode, name) for mode in ("strong", "weak") for name in ("records", "sums")),
+    ]
     for row in line["metrics"]:
         rate = 1e3 * row["batch"] * row["length"] / row["milliseconds"]
         assert abs(row["tokens_per_second"] / rate - 1) < 0.01

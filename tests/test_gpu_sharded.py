@@ -15,6 +15,8 @@ pytestmark = pytest.mark.gpu
 KEY = jax.random.key(3)
 B, T, N, WIDTH, KEYS = 2, 512, 2, 64, 1032  # keys of each GPU: several groups
 # The Hopper kernels take no mask by position.
+EXCHANGES = (None, "sums", "records")
+"""What is sent where queries are sharded; None where they are not."""
 BACKENDS = {"triton": {"is_causal": True}, "mosaic_gpu": {}}
 
 
@@ -28,7 +30,8 @@ def _options(backend):
     return {"queries": "public", "backend": backend, **BACKENDS[backend]}
 
 
-def _sharded(mechanism, shard_queries, devices, backend):
+def _sharded(mechanism, exchange, devices, backend):
+    shard_queries = exchange is not None
     mesh = jax.make_mesh((len(devices),), ("seq",), (AxisType.Auto,), devices=devices)
 
     def one(query, key, value, rng):
@@ -40,6 +43,7 @@ def _sharded(mechanism, shard_queries, devices, backend):
             mechanism=mechanism,
             rng=rng,
             shard_queries=shard_queries,
+            exchange=exchange or "auto",
             **_options(backend),
         )
 
@@ -69,7 +73,7 @@ def _both(call, arrays):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shard_queries", [False, True])
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize(
     "mechanism",
     [
@@ -79,12 +83,12 @@ def _both(call, arrays):
         ),
     ],
 )
-def test_records_on_all_gpus_are_answered_as_on_one(mechanism, shard_queries, backend):
+def test_records_on_all_gpus_are_answered_as_on_one(mechanism, exchange, backend):
     devices = jax.devices("gpu")
     arrays = _arrays(KEYS * len(devices))
     # NULL is NULL wherever it lies: one record of the last GPU.
     arrays[1] = arrays[1].at[0, -3, 1, 5].set(jnp.nan)
-    found = _both(_sharded(mechanism, shard_queries, devices, backend), arrays)
+    found = _both(_sharded(mechanism, exchange, devices, backend), arrays)
     want = _both(_whole(mechanism, backend), arrays)
     for ours, theirs in zip(found, want, strict=True):
         assert np.all(np.isfinite(ours))
@@ -92,8 +96,8 @@ def test_records_on_all_gpus_are_answered_as_on_one(mechanism, shard_queries, ba
         assert np.linalg.norm(ours - theirs) <= 2.0**-7 * np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize("shard_queries", [False, True])
-def test_noise_on_all_gpus_is_that_of_one_call(shard_queries):
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_noise_on_all_gpus_is_that_of_one_call(exchange):
     # Without records and without a denominator the answer is the noise over the floor, in float32.
     devices = jax.devices("gpu")
     mechanism = dpfa_jax.IndependentNoise(
@@ -101,7 +105,7 @@ def test_noise_on_all_gpus_is_that_of_one_call(shard_queries):
     )
     query, key, value = (x.astype(jnp.float32) for x in _arrays(KEYS * len(devices)))
     none = jnp.full_like(key, jnp.nan)
-    run = _sharded(mechanism, shard_queries, devices, "triton")
+    run = _sharded(mechanism, exchange, devices, "triton")
     out = jax.jit(run)(query, none, value, KEY)
     matrix, _ = reference.noise_field(random.key_data(KEY), *out.shape)
     noise, matrix = np.asarray(out, np.float64), np.asarray(matrix, np.float64)

@@ -378,14 +378,17 @@ def test_calls_of_every_mechanism_are_those_of_the_definition(name, dtype):
     ("width", "keys"),
     [(16, 300), (48, 300), (64, 300), (80, 300), (80, 700), (96, 300), (112, 300), (128, 300)],
 )
-def test_forward_draws_the_noise_of_the_reference(width, keys):
+@pytest.mark.parametrize("first", [None, 4112])
+def test_forward_draws_the_noise_of_the_reference(width, keys, first):
     operands = _operands(width=width, keys=keys)
+    if first is not None:
+        operands = operands._replace(noise_row=jnp.int32(first))
     operands = operands._replace(value=jnp.zeros_like(operands.value))
     spec = _spec(
         {**NOISY, "noise_std": 1.0, "denominator_std": math.inf, "floor": 1.0, "ball": None}
     )
     out, _ = jax.jit(lambda operands: mosaic_gpu.forward(operands, spec))(operands)
-    wanted, _ = reference.noise_field(operands.noise_key, 2, 200, 4, width)
+    wanted, _ = reference.noise_field(operands.noise_key, 2, 200, 4, width, first)
     assert np.max(np.abs(np.asarray(out, np.float32) - wanted) / (np.abs(wanted) + 0.1)) < 2.0**-8
 
 
@@ -426,3 +429,15 @@ def test_backward_takes_the_residuals_of_forward(name):
 
     for found, wanted in zip(gradients(mosaic_gpu), gradients(reference), strict=True):
         assert _relative(found, wanted) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("width", "keys"), [(64, 300), (80, 300), (128, 1100), (256, 1100)])
+def test_queries_of_a_longer_call_have_the_noise_of_their_rows(width, keys):
+    spec = _spec({**NOISY, "noise_std": 30.0, "denominator_std": 30.0, "floor": 1.0})
+    operands = _operands(width=width, keys=keys)._replace(noise_row=jnp.int32(4112))
+    _, (_, mass, *_) = jax.jit(lambda o: mosaic_gpu.forward(o, spec))(operands)
+    wanted = reference.forward(operands, spec)[1][1]
+    assert _relative(jnp.swapaxes(mass, 1, 2), wanted) < 1e-3
+    unmoved = reference.forward(operands._replace(noise_row=None), spec)[1][1]
+    assert _relative(unmoved, wanted) > 0.1
