@@ -56,13 +56,16 @@ def module_of(name: str) -> ModuleType:
 def attend(
     backend: str, spec: Spec, process: gaussian_process.Process | None, operands: Operands
 ) -> jax.Array:
-    """What a backend answers, in float32 or the query's dtype, and its gradients.
+    """What a backend answers, with its gradients.
 
     Args:
       backend: a key of `BACKENDS`.
       spec: of the call, its noise set.
       process: of the call's noise where that is correlated, else None.
       operands: all of them varying over the mesh axes that any varies over.
+
+    Returns:
+      (B, T, N, h) in float32 or the query's dtype.
     """
     return _attend_forward(backend, spec, process, operands)[0]
 

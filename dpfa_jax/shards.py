@@ -14,6 +14,9 @@ def axes(axis_name: str | Sequence[str]) -> tuple[str, ...]:
     Args:
       axis_name: of one axis, or of several.
 
+    Returns:
+      Their names, at least one.
+
     Raises:
       ValueError: for what is no such axis, and for more shards than `lattice.SHARDS`.
     """

@@ -121,10 +121,11 @@ MEMORY = {
     "memory ViT": ((64, 256, 16, 16, 80, PRIVATE), (1.05, 1.28)),
     "memory GQA": ((2, 8192, 32, 8, 128, {**PRIVATE, "is_causal": True}), (1.05, 1.42)),
     # Keys in eight bits; gradients have queries and keys that were rounded, besides.
-    "memory float8": ((4, 4096, 16, 16, 128, {**PRIVATE, "float8_scores": True}), (1.15, 1.52)),
+    "memory float8": ((4, 4096, 16, 16, 128, {**PRIVATE, "float8_scores": True}), (1.175, 1.52)),
 }
-SPILLED = 140
-"""Bytes that kernels of `MEMORY` may spill: they mark queries, or clear what is not finite."""
+SPILLED = 172
+"""Bytes that kernels of `MEMORY` may spill: they mark queries, clear what is not finite, or take
+shares of a tile's keys, once in a call."""
 
 # Norms of gradients, (batch, rows, d, p): from Gram tiles, and from tiles of the product.
 NORMS = {
@@ -162,7 +163,9 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper rows", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 4,
     ("D64 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 16,
     # Of the outer accumulator, at the end of a group of keys only, and where a tile begins.
-    ("D128 hopper float16", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 32,
+    ("D128 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 68,
+    ("D128 hopper float8", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 8,
+    ("D128 hopper float16", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 68,
     ("D128 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper window", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 20,
     ("D128 hopper window", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 52,
@@ -172,17 +175,14 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("D128 hopper float8 causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 12,
     ("D128 hopper float8 causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 56,
     ("D128 hopper float8 causal", "dpfa_mosaic_gradient_kernel_mosaic_gpu_kernel"): 12,
-    # Beside the last noise, once in 8192 keys, where sums in memory are passed on, and, since
-    # offsets have a ring of their own, where a tile begins.
-    ("D256 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 124,
-    ("D192 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 24,
+    # Beside the last noise, once in 8192 keys, where sums in memory are passed on, where a tile
+    # begins, and, where there are shares of tiles, beside their sums.
+    ("D256 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 2568,
+    ("D192 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 468,
     ("D256 hopper causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 312,
     ("D256 hopper long", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 1628,
     ("D256 hopper short", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 16,
     ("sums D256", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 464,
-    # Outside of the loops of products, which have no detours.
-    ("memory D128 T65536", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 168,
-    ("memory D128 T65536, gradients", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 168,
     # Of the branch for rows that are not finite.
     ("memory ViT", "dpfa_mosaic_forward_kernel_repair_mosaic_gpu_kernel"): 312,
     ("memory ViT, gradients", "dpfa_mosaic_forward_kernel_repair_mosaic_gpu_kernel"): 312,
@@ -193,7 +193,7 @@ ALLOWED: dict[tuple[str, str], int] = {
 DETOURS = {
     "dpfa_mosaic_column_kernel_mosaic_gpu_kernel": 9,
     # Addresses of sixteen steps of a product, of which no uniform registers are left for some.
-    ("D192 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 1,
+    ("D192 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 4,
     ("D256 hopper", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 17,
     ("D256 hopper causal", "dpfa_mosaic_column_kernel_mosaic_gpu_kernel"): 24,
     ("D256 hopper causal", "dpfa_mosaic_forward_kernel_mosaic_gpu_kernel"): 19,

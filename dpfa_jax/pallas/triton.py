@@ -269,7 +269,7 @@ def forward(
     if spec.noise != "none":
         words = {"noise_key": operands.noise_key}
         if plan.moved:
-            words["noise_row"] = jnp.reshape(operands.noise_row, (1,)).astype(jnp.int32)
+            words["noise_row"] = jnp.reshape(operands.noise_row, (1,))
         for name, array in words.items():
             inputs.append(triton_calls.Argument(name, array, array.shape, lambda i, h, b: (0,)))
     out_shape = (batch, queries, heads, plan.value_width)
