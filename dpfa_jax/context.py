@@ -178,13 +178,18 @@ def _of_all(axes: tuple[str, ...], array: jax.Array | None) -> jax.Array | None:
 
 def _facing_all(operands: Operands, spec: Spec, axes: tuple[str, ...], gathered: bool) -> Operands:
     """All queries before this shard's own records."""
-    placed = _by_position(spec) or operands.key_lengths is not None
     segments = operands.query_segments
-    return operands._replace(
+    operands = operands._replace(
         query=_on_all(axes, gathered, operands.query),
         query_segments=_of_all(axes, segments) if gathered else segments,
-        key_offset=lax.axis_index(axes) * operands.key.shape[1] if placed else None,
     )
+    first = lax.axis_index(axes) * operands.key.shape[1]
+    if _by_position(spec):
+        return operands._replace(key_offset=first)
+    if operands.key_lengths is None:
+        return operands
+    # Counted from these keys, lengths need no kernel that knows of positions.
+    return operands._replace(key_lengths=operands.key_lengths - first)
 
 
 def _by_position(spec: Spec) -> bool:
@@ -233,17 +238,18 @@ def _from_records(operands, spec, mechanism, whole, axes, name, gathered) -> jax
         facing = admission.clip_contributions(module, facing, spec, mechanism, whole)
         operands = operands._replace(log_weights=facing.log_weights)
     first = lax.axis_index(axes) * operands.query.shape[1]
-    placed, lengths = _by_position(spec), operands.key_lengths
     names = ("log_weights", "key_segments", "flags", "narrow_key")
     operands = operands._replace(
         key=_on_all(axes, True, operands.key),
         value=_on_all(axes, True, operands.value),
         noise_row=first,
-        # Positions count from this shard's first query.
-        key_offset=-first if placed else None,
-        key_lengths=lengths - first if placed and lengths is not None else lengths,
         **{each: _of_all(axes, getattr(operands, each)) for each in names},
     )
+    if _by_position(spec):
+        # Positions count from this shard's first query.
+        lengths = operands.key_lengths
+        lengths = None if lengths is None else lengths - first
+        operands = operands._replace(key_offset=-first, key_lengths=lengths)
     operands = Operands(*_primitives.vary_alike(*operands))
     out: Any = attention.attend(name, spec, None, operands)
     return out if marks else jnp.where(query_ok[..., None], out, jnp.nan)
@@ -252,11 +258,8 @@ def _from_records(operands, spec, mechanism, whole, axes, name, gathered) -> jax
 def _as_seen(operands: Operands, spec: Spec, parts: int, gathered: bool, sent: str) -> Operands:
     """Shapes of what a backend gets."""
     names = ("query", "query_segments") if gathered else ()
-    placed = _by_position(spec)
     if sent == "records":
         names = ("key", "value", "log_weights", "key_segments")
-    else:
-        placed |= operands.key_lengths is not None
 
     def grown(array):
         if array is None:
@@ -264,7 +267,7 @@ def _as_seen(operands: Operands, spec: Spec, parts: int, gathered: bool, sent: s
         batch, rows, *rest = array.shape
         return jax.ShapeDtypeStruct((batch, rows * parts, *rest), array.dtype)
 
-    offset = jax.ShapeDtypeStruct((), jnp.int32) if placed else None
+    offset = jax.ShapeDtypeStruct((), jnp.int32) if _by_position(spec) else None
     changed = {name: grown(getattr(operands, name)) for name in names}
     return operands._replace(key_offset=offset, **changed)
 
@@ -373,8 +376,8 @@ def context_parallel_attention(
       key_value_seq_lengths: integers (B,), lengths of the whole sequences, the same on all shards.
       key_log_weights: (S,), (B, S) or (B, S, K), this shard's part.
       precision: as in `private_attention`.
-      backend: "auto", "xla", "triton", or "mosaic_gpu", which takes no mask by position: neither
-        is_causal, local_window_size nor key_value_seq_lengths.
+      backend: "auto", "xla", "triton", or "mosaic_gpu", which takes neither is_causal nor
+        local_window_size here.
 
     Returns:
       (B, T, N, h) in the query's dtype: the same on all shards of the axis, or with shard_queries

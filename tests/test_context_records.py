@@ -28,11 +28,13 @@ QUIET = {
         INDEPENDENT, noise_multiplier=1e-7, floor=0.5, adjacency=dpfa_jax.REPLACE_ONE
     ),
     "clipped": dataclasses.replace(CLIPPED, noise_multiplier=1e-7, floor=0.5),
+    "clipped, lengths": dataclasses.replace(CLIPPED, noise_multiplier=1e-7, floor=0.5),
 }
 MASKS = {
     "independent": {"is_causal": True, "key_value_seq_lengths": np.array([33, 16])},
     "replaced": {"key_value_seq_lengths": np.array([13, 36])},
     "clipped": {"local_window_size": (16, 3), "precision": "fp8"},
+    "clipped, lengths": {"key_value_seq_lengths": np.array([13, 36])},
 }
 
 
@@ -101,10 +103,13 @@ def _unsharded(name):
         ("xla", "replaced"),
         ("triton", "independent"),
         pytest.param("triton", "clipped", marks=pytest.mark.slow),
+        ("xla", "clipped, lengths"),
     ],
 )
-def test_answers_and_gradients_equal_those_of_the_unsharded_call(backend, name):
-    found = _both(_sharded(QUIET[name], backend=backend, **MASKS[name]), _arrays())
+@pytest.mark.parametrize("exchange", ["records", "sums"])
+def test_answers_and_gradients_equal_those_of_the_unsharded_call(backend, name, exchange):
+    call = _sharded(QUIET[name], exchange=exchange, backend=backend, **MASKS[name])
+    found = _both(call, _arrays())
     for ours, theirs in zip(found, _unsharded(name), strict=True):
         assert np.max(np.abs(ours - theirs)) <= 3e-6 * np.max(np.abs(theirs))
 
@@ -260,11 +265,15 @@ def test_events_count_one_release_of_the_whole_sequence(mechanism):
 # Kernels -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("exchange", ["records", "sums"])
 @pytest.mark.parametrize("precision", [None, "fp8"])
 @pytest.mark.parametrize("mechanism", [INDEPENDENT, CLIPPED])
-def test_hopper_kernels_lower_over_shards_with_their_gradients(mechanism, precision, monkeypatch):
+def test_hopper_kernels_lower_over_shards_with_their_gradients(
+    mechanism, precision, exchange, monkeypatch
+):
     monkeypatch.setattr(mosaic_gpu, "_has_hopper", lambda: True)
-    run = _sharded(mechanism, backend="mosaic_gpu", precision=precision)
+    options = {"precision": precision, "key_value_seq_lengths": np.array([700, 1900])}
+    run = _sharded(mechanism, backend="mosaic_gpu", exchange=exchange, **options)
     arrays = [jnp.ones((2, SHARDS * 512, 2, 64), jnp.bfloat16)] * 3
 
     def loss(*given):
