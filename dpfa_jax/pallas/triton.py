@@ -267,11 +267,9 @@ def forward(
     batch, queries, heads, _ = operands.query.shape
     inputs = _arguments(plan, operands, bias, by_key=False)
     if spec.noise != "none":
-        words = {"noise_key": operands.noise_key}
-        if plan.moved:
-            words["noise_row"] = jnp.reshape(operands.noise_row, (1,))
-        for name, array in words.items():
-            inputs.append(triton_calls.Argument(name, array, array.shape, lambda i, h, b: (0,)))
+        words = [("noise_key", operands.noise_key)]
+        words += [("noise_row", jnp.reshape(operands.noise_row, (1,)))] if plan.moved else []
+        inputs += [triton_calls.Argument(n, x, x.shape, lambda i, h, b: (0,)) for n, x in words]
     out_shape = (batch, queries, heads, plan.value_width)
     value_pad = tiling.padded(plan.value_width)
 
