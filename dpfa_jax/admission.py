@@ -168,7 +168,7 @@ def _record_bound(mechanism: Any) -> float | None:
     return mechanism.value_bound
 
 
-def noise_std(mechanism: Any, call: releases.Call, rounding: float) -> float:
+def sums_noise_std(mechanism: Any, call: releases.Call, rounding: float) -> float:
     """The noise of a call of S2 or S3 whose sums one backend makes of all records.
 
     Args:
@@ -178,6 +178,8 @@ def noise_std(mechanism: Any, call: releases.Call, rounding: float) -> float:
 
     Returns:
       In the unit of the values: noise_multiplier times the distance of two neighbours' sums.
+
+    Guarantee: S2, S3 (sensitivity.md).
     """
     return mechanism.noise_multiplier * mechanism.l2_sensitivity(call) * (1 + rounding)
 
@@ -204,7 +206,13 @@ def noisy_spec(spec: Spec, mechanism: Any, call: releases.Call, noise_std: float
 
 
 def clip_contributions(
-    module: ModuleType, operands: Operands, spec: Spec, mechanism: Any, call: releases.Call
+    module: ModuleType,
+    operands: Operands,
+    spec: Spec,
+    mechanism: Any,
+    call: releases.Call,
+    *,
+    axes: tuple[str, ...] = (),
 ) -> Operands:
     """The call with each record's contribution clipped, where the mechanism is S3.
 
@@ -212,10 +220,13 @@ def clip_contributions(
 
     Args:
       module: the backend that will sum.
-      operands: the call's arrays; all of its queries, and all or some of its keys.
+      operands: the call's arrays as they will be summed: scores have to be the same here, bit for
+        bit. All of its queries and all or some of its keys; with `axes` this shard's part of the
+        queries and all keys.
       spec: of that call.
       mechanism: IndependentNoise or ClippedContributions.
       call: its shape.
+      axes: mesh axes over which the queries are sharded.
     """
     if not isinstance(mechanism, releases.ClippedContributions):
         return operands
@@ -223,6 +234,8 @@ def clip_contributions(
     squares = module.column_squares(frozen, spec)  # (B, S, K)
     if call.memories == 1:
         squares = clipping.stable_sum(squares, axis=0)[None]
+    if axes:
+        squares = jax.lax.psum(squares, axes)
     weight = mechanism.weight(call)
     width = jnp.full((*frozen.value.shape[:-1], 1), weight, jnp.float32)
     rows = jnp.concatenate([frozen.value.astype(jnp.float32), width], axis=-1)

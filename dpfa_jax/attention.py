@@ -371,7 +371,7 @@ def _release(operands, spec, mechanism, call, name) -> jax.Array:
             return run(bounded, operands)
         case releases.IndependentNoise() | releases.ClippedContributions():
             module = module_of(name)
-            noise_std = admission.noise_std(mechanism, call, module.rounding(call.keys))
+            noise_std = admission.sums_noise_std(mechanism, call, module.rounding(call.keys))
             noisy = admission.noisy_spec(spec, mechanism, call, noise_std)
             operands = admission.clip_contributions(module, operands, noisy, mechanism, call)
             return run(noisy, operands)

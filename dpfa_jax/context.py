@@ -105,25 +105,12 @@ def _attend_forward(plan, operands, noise_key):
     numerator, denominator = (
         lattice.to_words(x, bound) for x, bound in zip(integers, plan.bounds, strict=True)
     )
-    matrix, row = _noise(plan, noise_key, numerator[0].shape)
+    shape = numerator[0].shape
+    # Words of the whole call's field.
+    first = lax.axis_index(plan.axes) * shape[1] if plan.gathered else None
+    matrix, row = reference.noise_field(noise_key, *shape, first)
     sums = reference.noisy_sums(plan.spec, numerator, denominator, matrix, row)
     return module.finish(plan.spec, *sums)[0], (operands, sums)
-
-
-def _noise(plan: _Plan, noise_key: jax.Array, shape: tuple) -> tuple[jax.Array, jax.Array]:
-    """The unit noise of this shard's queries: words of the whole call's field."""
-    batch, length, heads, width = shape
-    if not plan.gathered:
-        return reference.noise_field(noise_key, batch, length, heads, width)
-    first = lax.axis_index(plan.axes) * length
-    batches, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, None, :]
-    rows = (first + jnp.arange(length))[None, :, None]
-    matrix = random.matrix_normals(noise_key, batches, head, rows, width)
-    whole = length * lax.axis_size(plan.axes)
-    row = random.row_normals(noise_key, batches[:, :, 0], head[:, 0], whole)  # (B, N, T)
-    row, start = _primitives.vary_alike(row, first)
-    row = lax.dynamic_slice_in_dim(row, start, length, axis=2)
-    return matrix, jnp.swapaxes(row, 1, 2)
 
 
 def _attend_backward(plan, saved, cotangent):
@@ -143,7 +130,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _on_all(axes: tuple[str, ...], gathered: bool, rows: jax.Array) -> jax.Array:
-    """All rows, on every shard. Their gradient is added over the shards in float32."""
+    """All rows, on every shard; parts of their gradient, of their dtype, are added in float32."""
     if gathered:
         return lax.all_gather(rows, axes, axis=1, tiled=True)
     return lax.pcast(rows, axes, to="varying")
@@ -217,7 +204,7 @@ def _from_sums(operands, spec, mechanism, whole, axes, name, gathered) -> jax.Ar
     return jnp.where(query_ok[..., None], out, jnp.nan)
 
 
-def _from_records(operands, spec, mechanism, whole, axes, name, gathered) -> jax.Array:
+def _from_records(operands, spec, mechanism, whole, axes, name) -> jax.Array:
     """This shard's rows of what `private_attention` would answer from the records of all."""
     module = attention.module_of(name)
     query_ok = clipping.finite_rows(operands.query)
@@ -228,15 +215,8 @@ def _from_records(operands, spec, mechanism, whole, axes, name, gathered) -> jax
     else:
         operands = admission.sanitised(operands, mechanism)
     operands = admission.as_scored(module, operands, spec)
-    spec = admission.noisy_spec(
-        spec, mechanism, whole, admission.noise_std(mechanism, whole, module.rounding(whole.keys))
-    )
-    if isinstance(mechanism, releases.ClippedContributions):
-        # A record's contribution goes to the queries of all shards.
-        facing = jax.lax.stop_gradient(operands)._replace(log_weights=operands.log_weights)
-        facing = _facing_all(facing, spec, axes, gathered)
-        facing = admission.clip_contributions(module, facing, spec, mechanism, whole)
-        operands = operands._replace(log_weights=facing.log_weights)
+    std = admission.sums_noise_std(mechanism, whole, module.rounding(whole.keys))
+    spec = admission.noisy_spec(spec, mechanism, whole, std)
     first = lax.axis_index(axes) * operands.query.shape[1]
     names = ("log_weights", "key_segments", "flags", "narrow_key")
     operands = operands._replace(
@@ -250,6 +230,9 @@ def _from_records(operands, spec, mechanism, whole, axes, name, gathered) -> jax
         lengths = operands.key_lengths
         lengths = None if lengths is None else lengths - first
         operands = operands._replace(key_offset=-first, key_lengths=lengths)
+    # Norms of contributions are made of the products that are summed, and added over the shards.
+    # With all queries where a record lies, the same scores could round otherwise, by any amount.
+    operands = admission.clip_contributions(module, operands, spec, mechanism, whole, axes=axes)
     operands = Operands(*_primitives.vary_alike(*operands))
     out: Any = attention.attend(name, spec, None, operands)
     return out if marks else jnp.where(query_ok[..., None], out, jnp.nan)
@@ -309,9 +292,12 @@ def _route(
 
 
 def _records_are_less(operands: Operands) -> bool:
-    """Whether this shard's records take fewer bytes than its part of all sums and its queries."""
-    query, key, value = operands[:3]
-    records = sum(math.prod(x.shape) * x.dtype.itemsize for x in (key, value))
+    """Whether this shard's records take fewer bytes than its part of all sums and its queries.
+
+    Forward. Keys of eight bits are not counted: not every backend sends them instead of its own.
+    """
+    query, key, value, weights = operands[:4]
+    records = sum(math.prod(x.shape) * x.dtype.itemsize for x in (key, value, weights))
     rows = math.prod(query.shape[:3])
     sums = rows * (8 * (value.shape[3] + 1) + query.shape[3] * query.dtype.itemsize)
     return records <= sums
@@ -363,11 +349,12 @@ def context_parallel_attention(
       queries: "public", as in `private_attention`.
       shard_queries: whether the query axis T is sharded over the same axis; each shard answers its
         own T queries.
-      exchange: what shards send each other. "sums": no record leaves its shard; sharded queries
-        are gathered, (B, P·T, N, H) on each shard, and so are the sums before they are added and
-        scattered back. "records": keys, values and their weights are gathered, (B, P·S, K, H + h)
-        on each shard; for sharded queries, T a multiple of 16, and no `mask`. "auto": what are
-        fewer bytes, where both can be done by as fast a backend.
+      exchange: what shards, all of them trusted, send each other. "sums": rows of records stay on
+        their shard, and sums without noise leave it; sharded queries are gathered, (B, P·T, N, H)
+        on each shard, and sums of all of these are added and scattered back. "records": keys,
+        values and their weights are gathered, (B, P·S, K, H + h) on each shard; for sharded
+        queries, T a multiple of 16, and no `mask`. "auto": what are fewer bytes forward, where
+        both can be done by as fast a backend.
       scale: factor of the scores; None is 1/√H.
       is_causal: query i of all queries sees records at positions j ≤ i of all records.
       local_window_size: as in `private_attention`, in those positions.
@@ -423,6 +410,11 @@ def context_parallel_attention(
         arguments.floating("value", value),
     )
     call = releases.Call.of(query.shape, key.shape, value.shape)
+    if not call.keys:
+        raise ValueError(
+            f"Expected at least one record on every shard, got key {key.shape}. Pass one that is "
+            "masked, with key_log_weights of −inf."
+        )
     query_segments, key_segments = arguments.segments(segment_ids, call)
     sharded, shared = {"key": key, "value": value}, {"rng": rng}
     (sharded if shard_queries else shared)["query"] = query
@@ -452,8 +444,8 @@ def context_parallel_attention(
     )
     whole = dataclasses.replace(answered, keys=call.keys * parts)
     sent, name = _route(exchange, backend, operands, spec, parts, shard_queries)
-    release = _from_records if sent == "records" else _from_sums
-    out: Any = release(operands, spec, mechanism, whole, axes, name, shard_queries)
+    given = operands, spec, mechanism, whole, axes, name
+    out: Any = _from_records(*given) if sent == "records" else _from_sums(*given, shard_queries)
     shapes = ((whole.batch, whole.queries, whole.heads, whole.query_dim),)
     shapes += tuple((x.shape[0], whole.keys, *x.shape[2:]) for x in (key, value))
     return _primitives.private_release(

@@ -176,7 +176,7 @@ def matrix_normals(
 
 @functools.partial(jax.jit, static_argnames="rows")
 def row_normals(
-    data: jax.Array, batch: ArrayLike, head: ArrayLike, rows: int, first: ArrayLike = 0
+    data: jax.Array, batch: ArrayLike, head: ArrayLike, rows: int, first: ArrayLike | None = None
 ) -> jax.Array:
     """One normal per row: element (batch, head, row) of a noise field apart from the matrix one.
 
@@ -185,20 +185,26 @@ def row_normals(
       batch: global batch indices, any shape that broadcasts with `head`.
       head: global head indices, < 2²⁴.
       rows: number of rows.
-      first: row from which they count, a multiple of 16.
+      first: row from which they count; None is 0.
 
     Returns:
       float32 array of the broadcast shape with one more axis of length `rows`.
     """
-    blocks = -(-rows // 16)
-    block = (_u32(first) >> 4) + jnp.arange(blocks, dtype=jnp.uint32)
+    # From a row inside a block on there may be one more.
+    blocks = -(-rows // 16) + (first is not None)
+    block = jnp.arange(blocks, dtype=jnp.uint32)
+    if first is not None:
+        block += _u32(first) >> 4
     words = chacha_block(
         _key_words(data),
         _address(block, 0, _u32(batch)[..., None], _ROW, _u32(head)[..., None]),
     )
     pairs = [jnp.stack(normal_pair(words[2 * j], words[2 * j + 1]), -1) for j in range(8)]
     noise = jnp.swapaxes(jnp.stack(pairs, -2), -1, -2)  # (..., blocks, parity, j)
-    return noise.reshape(*noise.shape[:-3], 16 * blocks)[..., :rows]
+    noise = noise.reshape(*noise.shape[:-3], 16 * blocks)
+    if first is None:
+        return noise[..., :rows]
+    return lax.dynamic_slice_in_dim(noise, _u32(first) & 15, rows, axis=-1)
 
 
 @jax.jit

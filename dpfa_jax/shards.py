@@ -60,7 +60,7 @@ def check(names: tuple[str, ...], sharded: dict[str, Any], shared: dict[str, Any
                 raise ValueError(
                     f"Expected {name} to be a part of its own on every shard of {axis!r}, got the "
                     f"same on all of them, shape {value.shape}. Shard its sequence axis over "
-                    f"{axis!r} in in_specs: what all shards have would count once for each."
+                    f"{axis!r} in in_specs: records that all shards have would count once for each."
                 )
     for name, value in shared.items():
         for axis in names:

@@ -13,7 +13,6 @@ from jax.sharding import AxisType
 
 import dpfa_jax
 from dpfa_jax import accounting, context, random, reference, releases
-from dpfa_jax._typing import Spec
 from dpfa_jax.doubleword import grid_step
 from dpfa_jax.pallas import mosaic_gpu
 
@@ -207,19 +206,20 @@ def _words(rng):
     return reference.noise_field(random.key_data(rng), B, T, N, WIDTH)[0]
 
 
-def test_noise_of_sharded_queries_has_the_words_of_their_rows():
-    plan = context._Plan("xla", Spec(scale=1.0, score_cap=1.0), ("seq",), True, (1.0, 1.0))
-    run = jax.shard_map(
-        lambda data: context._noise(plan, data, (B, T // SHARDS, N, WIDTH)),
-        mesh=mesh(),
-        in_specs=P(),
-        out_specs=ROWS,
-    )
+def test_noise_from_any_row_on_has_the_words_of_its_rows():
     data = random.key_data(KEY)
-    for ours, want in zip(
-        jax.jit(run)(data), reference.noise_field(data, B, T, N, WIDTH), strict=True
-    ):
-        assert np.allclose(ours, want, rtol=0, atol=1e-6)
+    matrix, row = reference.noise_field(data, B, 40, N, WIDTH)
+    for first in (0, 2, 15, 16, 23):
+        found = reference.noise_field(data, B, 17, N, WIDTH, jnp.int32(first))
+        for ours, want in zip(found, (matrix, row), strict=True):
+            assert np.allclose(ours, want[:, first : first + 17], rtol=0, atol=1e-6)
+
+
+def test_noise_of_sharded_queries_has_the_words_of_their_rows():
+    query, key, value = arrays()
+    run = sharded(BARE, shard_queries=True, exchange="sums", backend="xla")
+    noise, step = _noise(jax.jit(run)(query, jnp.full_like(key, jnp.nan), value, KEY))
+    assert np.max(np.abs(noise - _words(KEY))) <= 0.51 * step + 1e-5
 
 
 def test_noise_is_drawn_once_for_all_shards_and_anew_for_other_axes_and_examples():

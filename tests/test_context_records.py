@@ -220,7 +220,7 @@ def test_noise_is_that_of_one_call_of_all_records(backend):
     out = jax.jit(_sharded(BARE, backend=backend))(query, key, value, KEY)
     call = releases.Call.of(query.shape, key.shape, value.shape)
     module = {"xla": reference, "triton": dpfa_jax.attention.module_of("triton")}[backend]
-    std = admission.noise_std(BARE, call, module.rounding(S))
+    std = admission.sums_noise_std(BARE, call, module.rounding(S))
     words, _ = reference.noise_field(random.key_data(KEY), B, T, N, WIDTH)
     assert np.max(np.abs(np.asarray(out) * 1e6 / std - words)) <= 0.51 * grid_step(std) / std + 1e-5
 
@@ -247,7 +247,7 @@ def test_noise_differs_between_other_axes_and_examples():
     out = np.asarray(jax.jit(run)(*given)).reshape(6, B, T, N, WIDTH)
     keys = [random.fold_in(random.fold_in(KEY, data), i) for i in range(3) for data in range(2)]
     call = releases.Call.of(query[:B].shape, key[:B].shape, value[:B].shape)
-    std = admission.noise_std(BARE, call, reference.rounding(S))
+    std = admission.sums_noise_std(BARE, call, reference.rounding(S))
     for found, rng in zip(out, keys, strict=True):
         words, _ = reference.noise_field(random.key_data(rng), B, T, N, WIDTH)
         assert np.max(np.abs(found * 1e6 / std - words)) <= 0.51 * grid_step(std) / std + 1e-5
@@ -260,6 +260,41 @@ def test_events_count_one_release_of_the_whole_sequence(mechanism):
     given = (*_arrays(), KEY)
     found = accounting.events(_sharded(mechanism), *given)
     assert found == mechanism.event(*(x.shape for x in given[:3]))
+
+
+# Attacks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exchange", ["records", "sums"])
+def test_no_record_that_plays_with_rounding_contributes_more_than_its_clip(exchange):
+    # Long keys, orthogonal to the query that all queries are: scores are what products round, and
+    # another order of additions makes another weight of it.
+    clipped = dpfa_jax.ClippedContributions(
+        *(1e-9, 1.0, 0.0), clip_norm=1.0, denominator_weight=0.0, floor=1e3
+    )
+    source = np.random.default_rng(0)
+    queries, keys, width = 16 * SHARDS, 8 * SHARDS, 2048
+    query = source.normal(size=width).astype(np.float32)
+    rows = source.normal(size=(keys, width))
+    rows -= (rows @ query)[:, None] * query / (query.astype(np.float64) @ query)
+    rows = (1e6 * rows).astype(np.float32)
+    query = np.broadcast_to(query, (1, queries, 1, width))
+    run = jax.jit(_sharded(clipped, exchange=exchange, scale=1.0, backend="xla"))
+    found = []
+    for alone in range(keys):
+        key = np.full((1, keys, 1, width), np.nan, np.float32)
+        key[0, alone] = rows[alone]
+        out = run(query, key, np.ones((1, keys, 1, 1), np.float32), KEY)
+        found.append(1e3 * np.linalg.norm(np.asarray(out, np.float64)))
+    assert max(found) <= 1.001
+    # Some records contribute as much as they may.
+    assert max(found) >= 0.99
+
+
+def test_empty_shards_are_refused():
+    _, key, value = (x[:, :0] for x in _arrays())
+    with pytest.raises(ValueError, match="at least one record on every shard"):
+        jax.eval_shape(_sharded(INDEPENDENT), _arrays()[0], key, value, KEY)
 
 
 # Kernels -----------------------------------------------------------------------------------------
