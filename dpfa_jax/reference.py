@@ -23,8 +23,11 @@ TILE = 128
 WEIGHT_ERROR = 2.0**-13
 """Relative excess of a record's contribution over its bound: norms of up to 2³² terms summed in
 blocks of 1024 (6.3e-5 of the square, half of it of the norm) and of up to 128 shards (7.6e-6),
-their logarithms (magnitude ≤ 180 at
-2⁻²⁴), and the exponential."""
+their logarithms (magnitude ≤ 180 at 2⁻²⁴), scores that round otherwise (`_SCORES_APART`), and the
+exponential."""
+
+_SCORES_APART = 2.0**-15
+"""By which a score may be larger than that of which a record's norm was made."""
 
 
 def supports(operands: Operands, spec: Spec) -> str | None:
@@ -215,10 +218,11 @@ def sums(operands: Operands, spec: Spec) -> tuple[tuple, tuple]:
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def column_squares(operands: Operands, spec: Spec) -> jax.Array:
+def plain_column_squares(operands: Operands, spec: Spec) -> jax.Array:
     """Σ_i w_ij² over the queries and heads that read key j: (B, S, K) float32.
 
-    The batch axis is the queries' one even where the key batch is 1; the caller adds it up.
+    The batch axis is the queries' one even where the key batch is 1; the caller adds it up. Of
+    scores as they round here.
     """
     reference = _reference(operands, spec)
     keys = operands.key.shape[1]
@@ -234,6 +238,34 @@ def column_squares(operands: Operands, spec: Spec) -> jax.Array:
     squares = jnp.moveaxis(squares, 0, 2)  # (B, K, tiles, tile)
     squares = squares.reshape(*squares.shape[:2], -1)[..., :keys]
     return jnp.swapaxes(squares, 1, 2)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def column_squares(operands: Operands, spec: Spec) -> jax.Array:
+    """At least Σ_i w_ij² of the weights that `sums` has: (B, S, K) float32.
+
+    The compiler may order the additions of a product otherwise here and there, by its shape or by
+    what is done with it. Where that could move a score by so much that the excess of a norm is not
+    in `WEIGHT_ERROR`, the squares are raised by as much; where by more than a tenth, as for keys
+    that are made so long that their scores are rounding errors, every weight counts as the largest.
+    """
+    squares = plain_column_squares(operands, spec)
+    batch, length, heads, width = operands.query.shape
+    kv_heads = operands.key.shape[2]
+    # Two evaluations, each within (H+2)·2⁻²⁴ of ‖q‖‖k‖, and as much again for units that make a
+    # float32 product of narrower ones; rows may be rounded to bfloat16 for precisions below.
+    unit = (width + 2) * 2.0**-22
+    if spec.precision != lax.Precision.HIGHEST:
+        unit += 2.0**-7
+    lengths = clipping.log_row_norms(operands.query.astype(jnp.float32))
+    lengths = lengths.reshape(batch, length, kv_heads, heads // kv_heads)
+    longest = jnp.max(lengths, axis=(1, 3), initial=-jnp.inf)[:, None, :]
+    key_lengths = clipping.log_row_norms(operands.key.astype(jnp.float32))
+    apart = unit * abs(spec.scale) * jnp.exp(longest + key_lengths)
+    raised = jnp.where(apart <= _SCORES_APART, squares, squares * jnp.exp(2 * apart))
+    most = length * (heads // kv_heads) * jnp.exp(2 * operands.log_weights)
+    # Not so for NaN either.
+    return jnp.where(apart < 0.1, raised, most)
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "length", "heads", "width"))

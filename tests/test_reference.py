@@ -126,7 +126,36 @@ def test_column_squares_sum_over_queries_and_heads():
         return jnp.swapaxes(grouped, 1, 2)
 
     truth, plain = _truth(fun, arrays, options)
-    _at_most_twice(reference.column_squares(operands, spec), plain, truth)
+    _at_most_twice(reference.plain_column_squares(operands, spec), plain, truth)
+
+
+def test_column_squares_cover_scores_that_round_otherwise():
+    # Rows of 64 numbers whose products are summed in the opposite order, which is another float32.
+    source = np.random.default_rng(1)
+    query, key = (source.normal(size=(1, n, 1, 64)).astype(np.float32) for n in (40, 30))
+    query[:] = query[:, :1]
+    # Orthogonal: long keys have scores of nothing but rounding.
+    one = query[0, 0, 0].astype(np.float64)
+    key[0, :, 0] -= (key[0, :, 0] @ one)[:, None] * one / (one @ one)
+    for size, raises in ((1e-3, False), (1.0, True), (1e6, True)):
+        scores = np.zeros((40, 30), np.float32)
+        for column in reversed(range(64)):
+            scores += query[0, :, 0, column, None] * (size * key)[0, :, 0, column].astype(
+                np.float32
+            )
+        spec = Spec(scale=1.0, score_cap=0.0)
+        weights = np.exp(np.minimum(scores, 0.0).astype(np.float64))
+        rows = (jnp.asarray(x, jnp.float32) for x in (query, size * key, key))
+        operands = Operands(*rows, jnp.zeros((1, 30, 1)))
+        found = np.asarray(reference.column_squares(operands, spec), np.float64)[0, :, 0]
+        assert np.all(found >= (1 - 2.0**-13) * np.sum(weights**2, axis=0))
+        plain = np.asarray(reference.plain_column_squares(operands, spec))[0, :, 0]
+        assert np.array_equal(found, plain) != raises
+        # Where scores are known it takes what they may be off by, and no more.
+        norms = np.linalg.norm(query[0, 0, 0]) * np.linalg.norm(size * key[0, :, 0], axis=-1)
+        assert size > 1 or np.all(found <= (1 + 2.0**-13) * plain * np.exp(132 * 2.0**-22 * norms))
+        # What was not known of them was all of the weight, for some records.
+        assert size < 1e6 or np.any(plain < 0.5 * np.sum(weights**2, axis=0))
 
 
 def test_sums_hold_nothing_of_size_queries_times_keys():
