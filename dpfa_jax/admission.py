@@ -177,7 +177,8 @@ def sums_noise_std(mechanism: Any, call: releases.Call, rounding: float) -> floa
       rounding: of the backend, for so many keys.
 
     Returns:
-      In the unit of the values: noise_multiplier times the distance of two neighbours' sums.
+      In the unit of the values. Upper bound of noise_multiplier times the distance of two
+      neighbours' computed sums.
 
     Guarantee: S2, S3 (sensitivity.md).
     """
