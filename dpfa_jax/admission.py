@@ -221,8 +221,8 @@ def clip_contributions(
 
     Args:
       module: the backend that will sum.
-      operands: the call's arrays as they will be summed: scores have to be the same here, bit for
-        bit. All of its queries and all or some of its keys; with `axes` this shard's part of the
+      operands: the call's arrays as they will be summed: `column_squares` knows the scores of these
+        alone. All of its queries and all or some of its keys; with `axes` this shard's part of the
         queries and all keys.
       spec: of that call.
       mechanism: IndependentNoise or ClippedContributions.

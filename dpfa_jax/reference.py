@@ -246,8 +246,9 @@ def column_squares(operands: Operands, spec: Spec) -> jax.Array:
 
     The compiler may order the additions of a product otherwise here and there, by its shape or by
     what is done with it. Where that could move a score by so much that the excess of a norm is not
-    in `WEIGHT_ERROR`, the squares are raised by as much; where by more than a tenth, as for keys
-    that are made so long that their scores are rounding errors, every weight counts as the largest.
+    in `WEIGHT_ERROR`, the squares are raised by as much; never above those of the largest weights,
+    which count where a score could move by 1 or more, as for keys made so long that their scores
+    are rounding errors.
     """
     squares = plain_column_squares(operands, spec)
     batch, length, heads, width = operands.query.shape
@@ -264,8 +265,8 @@ def column_squares(operands: Operands, spec: Spec) -> jax.Array:
     apart = unit * abs(spec.scale) * jnp.exp(longest + key_lengths)
     raised = jnp.where(apart <= _SCORES_APART, squares, squares * jnp.exp(2 * apart))
     most = length * (heads // kv_heads) * jnp.exp(2 * operands.log_weights)
-    # Not so for NaN either.
-    return jnp.where(apart < 0.1, raised, most)
+    # Not so for NaN either. Below 1 no weight is lost to underflow that could be more than e⁻⁸⁶.
+    return jnp.where(apart < 1, jnp.minimum(raised, most), most)
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "length", "heads", "width"))
